@@ -1,0 +1,1 @@
+"""The example models and the programs that make them. Nothing of Hotbay itself imports this."""
