@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from google.longrunning import operations_proto_pb2 as google_dot_longrunning_dot_operations__proto__pb2
+from google.longrunning import operations_proto_pb2 as google_dot_longrunning_dot_operations__pb2
 from hotbay.v1 import model_pb2 as hotbay_dot_v1_dot_model__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
@@ -54,32 +54,32 @@ class ModelServiceStub:
         self.LoadModel = channel.unary_unary(
                 '/hotbay.v1.ModelService/LoadModel',
                 request_serializer=hotbay_dot_v1_dot_model__pb2.LoadModelRequest.SerializeToString,
-                response_deserializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
         self.UnloadModel = channel.unary_unary(
                 '/hotbay.v1.ModelService/UnloadModel',
                 request_serializer=hotbay_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
-                response_deserializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
         self.StageModel = channel.unary_unary(
                 '/hotbay.v1.ModelService/StageModel',
                 request_serializer=hotbay_dot_v1_dot_model__pb2.StageModelRequest.SerializeToString,
-                response_deserializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
         self.SwapModel = channel.unary_unary(
                 '/hotbay.v1.ModelService/SwapModel',
                 request_serializer=hotbay_dot_v1_dot_model__pb2.SwapModelRequest.SerializeToString,
-                response_deserializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
         self.DrainModel = channel.unary_unary(
                 '/hotbay.v1.ModelService/DrainModel',
                 request_serializer=hotbay_dot_v1_dot_model__pb2.DrainModelRequest.SerializeToString,
-                response_deserializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
         self.ResumeModel = channel.unary_unary(
                 '/hotbay.v1.ModelService/ResumeModel',
                 request_serializer=hotbay_dot_v1_dot_model__pb2.ResumeModelRequest.SerializeToString,
-                response_deserializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
         self.PinModel = channel.unary_unary(
                 '/hotbay.v1.ModelService/PinModel',
@@ -203,32 +203,32 @@ def add_ModelServiceServicer_to_server(servicer, server):
             'LoadModel': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadModel,
                     request_deserializer=hotbay_dot_v1_dot_model__pb2.LoadModelRequest.FromString,
-                    response_serializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.SerializeToString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
             'UnloadModel': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadModel,
                     request_deserializer=hotbay_dot_v1_dot_model__pb2.UnloadModelRequest.FromString,
-                    response_serializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.SerializeToString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
             'StageModel': grpc.unary_unary_rpc_method_handler(
                     servicer.StageModel,
                     request_deserializer=hotbay_dot_v1_dot_model__pb2.StageModelRequest.FromString,
-                    response_serializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.SerializeToString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
             'SwapModel': grpc.unary_unary_rpc_method_handler(
                     servicer.SwapModel,
                     request_deserializer=hotbay_dot_v1_dot_model__pb2.SwapModelRequest.FromString,
-                    response_serializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.SerializeToString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
             'DrainModel': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainModel,
                     request_deserializer=hotbay_dot_v1_dot_model__pb2.DrainModelRequest.FromString,
-                    response_serializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.SerializeToString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
             'ResumeModel': grpc.unary_unary_rpc_method_handler(
                     servicer.ResumeModel,
                     request_deserializer=hotbay_dot_v1_dot_model__pb2.ResumeModelRequest.FromString,
-                    response_serializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.SerializeToString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
             'PinModel': grpc.unary_unary_rpc_method_handler(
                     servicer.PinModel,
@@ -354,7 +354,7 @@ class ModelService:
             target,
             '/hotbay.v1.ModelService/LoadModel',
             hotbay_dot_v1_dot_model__pb2.LoadModelRequest.SerializeToString,
-            google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,
@@ -381,7 +381,7 @@ class ModelService:
             target,
             '/hotbay.v1.ModelService/UnloadModel',
             hotbay_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
-            google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,
@@ -408,7 +408,7 @@ class ModelService:
             target,
             '/hotbay.v1.ModelService/StageModel',
             hotbay_dot_v1_dot_model__pb2.StageModelRequest.SerializeToString,
-            google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,
@@ -435,7 +435,7 @@ class ModelService:
             target,
             '/hotbay.v1.ModelService/SwapModel',
             hotbay_dot_v1_dot_model__pb2.SwapModelRequest.SerializeToString,
-            google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,
@@ -462,7 +462,7 @@ class ModelService:
             target,
             '/hotbay.v1.ModelService/DrainModel',
             hotbay_dot_v1_dot_model__pb2.DrainModelRequest.SerializeToString,
-            google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,
@@ -489,7 +489,7 @@ class ModelService:
             target,
             '/hotbay.v1.ModelService/ResumeModel',
             hotbay_dot_v1_dot_model__pb2.ResumeModelRequest.SerializeToString,
-            google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,

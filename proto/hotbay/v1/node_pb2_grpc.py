@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from google.longrunning import operations_proto_pb2 as google_dot_longrunning_dot_operations__proto__pb2
+from google.longrunning import operations_proto_pb2 as google_dot_longrunning_dot_operations__pb2
 from hotbay.v1 import node_pb2 as hotbay_dot_v1_dot_node__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
@@ -58,12 +58,12 @@ class NodeServiceStub:
         self.DrainNode = channel.unary_unary(
                 '/hotbay.v1.NodeService/DrainNode',
                 request_serializer=hotbay_dot_v1_dot_node__pb2.DrainNodeRequest.SerializeToString,
-                response_deserializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
         self.Calibrate = channel.unary_unary(
                 '/hotbay.v1.NodeService/Calibrate',
                 request_serializer=hotbay_dot_v1_dot_node__pb2.CalibrateRequest.SerializeToString,
-                response_deserializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
 
 
@@ -136,12 +136,12 @@ def add_NodeServiceServicer_to_server(servicer, server):
             'DrainNode': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainNode,
                     request_deserializer=hotbay_dot_v1_dot_node__pb2.DrainNodeRequest.FromString,
-                    response_serializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.SerializeToString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
             'Calibrate': grpc.unary_unary_rpc_method_handler(
                     servicer.Calibrate,
                     request_deserializer=hotbay_dot_v1_dot_node__pb2.CalibrateRequest.FromString,
-                    response_serializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.SerializeToString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -278,7 +278,7 @@ class NodeService:
             target,
             '/hotbay.v1.NodeService/DrainNode',
             hotbay_dot_v1_dot_node__pb2.DrainNodeRequest.SerializeToString,
-            google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,
@@ -305,7 +305,7 @@ class NodeService:
             target,
             '/hotbay.v1.NodeService/Calibrate',
             hotbay_dot_v1_dot_node__pb2.CalibrateRequest.SerializeToString,
-            google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from google.longrunning import operations_proto_pb2 as google_dot_longrunning_dot_operations__proto__pb2
+from google.longrunning import operations_proto_pb2 as google_dot_longrunning_dot_operations__pb2
 from hotbay.v1 import partition_pb2 as hotbay_dot_v1_dot_partition__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
@@ -53,7 +53,7 @@ class PartitionServiceStub:
         self.ApplyLayout = channel.unary_unary(
                 '/hotbay.v1.PartitionService/ApplyLayout',
                 request_serializer=hotbay_dot_v1_dot_partition__pb2.ApplyLayoutRequest.SerializeToString,
-                response_deserializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
 
 
@@ -106,7 +106,7 @@ def add_PartitionServiceServicer_to_server(servicer, server):
             'ApplyLayout': grpc.unary_unary_rpc_method_handler(
                     servicer.ApplyLayout,
                     request_deserializer=hotbay_dot_v1_dot_partition__pb2.ApplyLayoutRequest.FromString,
-                    response_serializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.SerializeToString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -216,7 +216,7 @@ class PartitionService:
             target,
             '/hotbay.v1.PartitionService/ApplyLayout',
             hotbay_dot_v1_dot_partition__pb2.ApplyLayoutRequest.SerializeToString,
-            google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,
