@@ -1,0 +1,103 @@
+"""What the arena and the transfer need of a device: addresses, physical pages, copies.
+
+It owns the Protocol and its rules; it never says how a device keeps them. The shape is that of
+virtual memory on an accelerator: addresses are reserved once and stay, physical pages are created
+once and are mapped now here, now there, contents and all, and copies run in order until
+`synchronize`. Rules every implementation enforces by raising DeviceMisuse and changing nothing:
+a page is mapped at one address at a time, into a reserved range nobody else maps; only mapped
+memory is copied to; nothing is unmapped while a copy into it runs; a range is released empty.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True)
+class DeviceStatistics:
+    """Counts since the device was opened; pages are of `page_bytes`."""
+
+    pages_total: int
+    pages_present: int
+    """Physically there: mapping or filling them again costs no allocation."""
+    pages_mapped: int
+    reservations: int
+    map_calls: int
+    """Calls to the system or driver that mapped or unmapped a run of pages."""
+    copied_bytes: int
+
+
+class Clock(Protocol):
+    """Time, for pacing a throttled link."""
+
+    def monotonic(self) -> float: ...
+
+    def sleep(self, seconds: float) -> None: ...
+
+
+class SystemClock:
+    """The real clock."""
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class DeviceMemory(Protocol):
+    """One partition's memory. Pages are numbered from 0 to `pages_total` - 1; thread-safe."""
+
+    @property
+    def kind(self) -> Literal["host", "cuda"]: ...
+
+    @property
+    def page_bytes(self) -> int: ...
+
+    @property
+    def pages_total(self) -> int: ...
+
+    def reserve(self, size_bytes: int) -> int:
+        """Set a range of addresses aside (rounded up to pages) and return where it starts."""
+
+    def release(self, address: int) -> None:
+        """Give a reserved range back. Refused while a page is mapped in it."""
+
+    def prefault(self, pages: Sequence[int]) -> int:
+        """Make pages physically present, wherever they are mapped; returns how many were not.
+
+        Slow (milliseconds a page): call it in the background and ahead of need. Pages that were
+        not prefaulted become present when they are first mapped or written to.
+        """
+
+    def map(self, address: int, pages: Sequence[int]) -> None:
+        """Map pages one after the other from `address` on; contents move with the page.
+
+        Runs of consecutive page numbers are cheap. On failure nothing stays mapped.
+        """
+
+    def unmap(self, address: int, count: int) -> tuple[int, ...]:
+        """Unmap `count` pages from `address` on and return their numbers, in address order.
+
+        An access to the addresses afterwards fails loudly.
+        """
+
+    def register(self, address: int, size_bytes: int) -> None:
+        """Prepare host memory as the source of fast copies. Slow: ahead of need, not in a swap."""
+
+    def unregister(self, address: int) -> None:
+        """Undo `register`."""
+
+    def copy_in(self, destination: int, source: int, size_bytes: int) -> None:
+        """Copy host memory at `source` into mapped device memory; done after `synchronize`."""
+
+    def synchronize(self) -> None:
+        """Wait until every copy issued by this thread is complete."""
+
+    def statistics(self) -> DeviceStatistics: ...
+
+    def close(self) -> None:
+        """Give everything back: pages, addresses, registrations. Idempotent."""

@@ -1,0 +1,147 @@
+"""Segments: anonymous memory with a descriptor, in which images live and are passed around.
+
+It owns descriptors and mappings and accounts for each: whoever holds a Segment closes it, and a
+mapping outlives its segment's descriptor. It never interprets the contents. Once sealed, a segment
+can neither be written to nor change its size, whoever holds it, so a reader needs no lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from types import TracebackType
+
+from swap.errors import CorruptWeights, DeviceError
+from swap.virtual_memory import VirtualMemory, view_of
+
+NAME_BYTES_MAX = 200
+
+# F_SEAL_FUTURE_WRITE rather than F_SEAL_WRITE: before Linux 6.7 the latter also refuses shared
+# mappings for reading, which is what workers make. Nobody maps a segment for writing (builders
+# write through the descriptor), so the two protect alike; F_SEAL_SEAL keeps the former from being
+# added by whoever else holds the descriptor. Python 3.11 has no name for it.
+_F_SEAL_FUTURE_WRITE = 0x0010
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
+
+
+class Segment:
+    """A memfd, owned: `close` closes it. Its memory lives while anyone has it open or mapped."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.size_bytes = os.fstat(descriptor).st_size
+
+    @classmethod
+    def create(cls, size_bytes: int, name: str) -> Segment:
+        """A new segment of zeros, shown as `hotbay-image:<name>` in /proc. Raises DeviceError."""
+        label = f"hotbay-image:{name}".encode()[:NAME_BYTES_MAX].decode(errors="ignore")
+        try:
+            descriptor = os.memfd_create(label, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise DeviceError(f"a segment cannot be created: {error}") from error
+        try:
+            os.ftruncate(descriptor, size_bytes)
+        except OSError as error:
+            os.close(descriptor)
+            raise DeviceError(f"a segment of {size_bytes} bytes cannot be made: {error}") from error
+        return cls(descriptor)
+
+    @classmethod
+    def adopt(cls, descriptor: int) -> Segment:
+        """Take a received descriptor over; closed when it is no sealed segment.
+
+        Raises CorruptWeights: a file that can still change must not be trusted.
+        """
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise CorruptWeights("a descriptor that should be an image's is no memory file")
+            segment = cls(descriptor)
+            if not segment.sealed:
+                raise CorruptWeights("a segment is not sealed: its image was not finished")
+        except OSError as error:
+            raise CorruptWeights(f"a descriptor that should be an image's: {error}") from error
+        except CorruptWeights:
+            os.close(descriptor)
+            raise
+        return segment
+
+    @property
+    def sealed(self) -> bool:
+        """Whether nobody can change it any more."""
+        try:
+            seals = fcntl.fcntl(self.descriptor, fcntl.F_GET_SEALS)
+        except OSError:  # an ordinary file has no seals
+            return False
+        return seals & SEALS == SEALS
+
+    def seal(self) -> None:
+        """Make contents and size final. Idempotent."""
+        if not self.sealed:
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, SEALS)
+
+    def map(self) -> Mapping:
+        """Map the whole segment for reading; the mapping needs the descriptor no longer."""
+        return Mapping(self.descriptor, self.size_bytes)
+
+    @property
+    def closed(self) -> bool:
+        return self.descriptor < 0
+
+    def close(self) -> None:
+        """Close the descriptor. Idempotent."""
+        if self.descriptor >= 0:
+            descriptor, self.descriptor = self.descriptor, -1
+            os.close(descriptor)
+
+    def __enter__(self) -> Segment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Mapping:
+    """A segment's bytes at an address of this process, for reading. `close` unmaps it.
+
+    Have a device `register` it before copying from it, so that the copy does not fault.
+    """
+
+    def __init__(self, descriptor: int, size_bytes: int) -> None:
+        self._memory = VirtualMemory()
+        self.size_bytes = size_bytes
+        self.address = self._memory.map_file(descriptor, size_bytes)
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def view(self, offset_bytes: int = 0, size_bytes: int | None = None) -> memoryview:
+        """Bytes without a copy; not to be touched once the mapping is closed."""
+        count = self.size_bytes - offset_bytes if size_bytes is None else size_bytes
+        if self._closed or offset_bytes < 0 or count < 0 or offset_bytes + count > self.size_bytes:
+            raise ValueError(f"bytes {offset_bytes} to {offset_bytes + count} are not mapped")
+        return view_of(self.address + offset_bytes, count).toreadonly()
+
+    def close(self) -> None:
+        """Unmap. Nothing may copy from it any more, and no view be in use. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._memory.release(self.address, self.size_bytes)
+
+    def __enter__(self) -> Mapping:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
