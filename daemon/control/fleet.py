@@ -1,0 +1,146 @@
+"""The fleet: one gateway, and one worker for each partition, kept running.
+
+For each place a keeper does the same for ever: bring its process up, report it, wait for its end,
+report that, wait a little longer each time it ended early. It knows no models and decides nothing
+about them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import psutil
+
+from daemon.control.errors import ControlError, ProcessFailed
+from daemon.control.gateway_client import GatewayClient
+from daemon.control.place import GATEWAY, SHUTDOWN_MARGIN_S, WORKER, Commands, FleetEvents, Place
+from daemon.control.processes import ProcessInfo
+from daemon.control.worker_client import WorkerClient
+from engine.link import routes
+from engine.link.errors import LinkError
+
+RESTART_DELAY_S_MIN = 0.1
+RESTART_DELAY_S_MAX = 5.0
+HEALTHY_AFTER_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class Fleet:
+    """Keeps the processes of `partitions` and the gateway running; see the module's text."""
+
+    def __init__(
+        self, commands: Commands, partitions: tuple[str, ...], events: FleetEvents
+    ) -> None:
+        root = commands.runtime_dir
+        self._events = events
+        self._stopping = False
+        self._gateway = Place(GATEWAY, "", root / "gateway", commands, events)
+        self._places = {
+            partition: Place(WORKER, partition, root / "workers" / partition, commands, events)
+            for partition in partitions
+        }
+        self._keepers: list[asyncio.Task[None]] = []
+
+    @property
+    def gateway(self) -> GatewayClient | None:
+        """The connected gateway, if it is up."""
+        client = self._gateway.client
+        return client if isinstance(client, GatewayClient) and not client.closed else None
+
+    @property
+    def workers(self) -> dict[str, WorkerClient]:
+        """The connected workers, by partition."""
+        return {
+            partition: place.client
+            for partition, place in self._places.items()
+            if isinstance(place.client, WorkerClient) and not place.client.closed
+        }
+
+    def failure(self, partition: str) -> str:
+        """Why a partition's worker is not up; empty while it is, or while it starts."""
+        return self._places[partition].failure
+
+    def addresses(self) -> tuple[routes.WorkerAddress, ...]:
+        """Where the gateway finds the connected workers."""
+        return tuple(
+            routes.WorkerAddress(
+                partition=partition,
+                tokens_socket=str(self._places[partition].directory / "tokens.sock"),
+                generation=self._places[partition].generation,
+            )
+            for partition in self.workers
+        )
+
+    def processes(self) -> list[ProcessInfo]:
+        """This process first, then the gateway, then the workers that run."""
+        own = psutil.Process()
+        infos = [ProcessInfo("hotbayd", "", own.pid, 0, 0, False, int(own.memory_info().rss))]
+        places = (place.info() for place in (self._gateway, *self._places.values()))
+        infos.extend(info for info in places if info is not None)
+        return infos
+
+    async def start(self) -> None:
+        """Adopt or start everything; returns once each place is up or has failed once.
+
+        Raises ProcessFailed when the gateway cannot be brought up, since without it nothing serves.
+        """
+        places = [self._gateway, *self._places.values()]
+        for place in places:
+            keeper = asyncio.create_task(self._keep(place), name=f"keep {place.name}")
+            # A keeper only ends by a bug; nobody may then wait for its place for ever.
+            keeper.add_done_callback(lambda _, place=place: place.settled.set())
+            self._keepers.append(keeper)
+        await asyncio.gather(*(place.settled.wait() for place in places))
+        if self.gateway is None:
+            raise ProcessFailed(f"the gateway did not start: {self._gateway.failure}")
+
+    async def stop(self, drain_timeout_s: float) -> None:
+        """End every process: the gateway drains first, then the workers."""
+        self._stopping = True
+        await self._gateway.end(drain_timeout_s)
+        await asyncio.gather(*(place.end(SHUTDOWN_MARGIN_S) for place in self._places.values()))
+        await self._cancel_keepers()
+
+    async def detach(self) -> None:
+        """Close the links and leave every process running."""
+        self._stopping = True
+        await self._cancel_keepers()
+        for place in (self._gateway, *self._places.values()):
+            await place.leave()
+
+    async def _cancel_keepers(self) -> None:
+        for task in self._keepers:
+            task.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+
+    async def _keep(self, place: Place) -> None:
+        delay_s = RESTART_DELAY_S_MIN
+        while True:
+            started_s = time.monotonic()
+            try:
+                client = await place.bring_up()
+                if isinstance(client, GatewayClient):
+                    await self._events.gateway_up(client, place.adopted)
+                else:
+                    await self._events.worker_up(client, place.adopted)
+                place.failure = ""
+                place.settled.set()
+                reason = await place.until_down()
+            except (ControlError, LinkError, OSError, TimeoutError) as error:
+                reason = str(error) or type(error).__name__
+            if self._stopping:
+                return
+            log.warning("%s is down: %s", place.name, reason)
+            place.failure = reason
+            await place.clear()
+            if place.role == GATEWAY:
+                await self._events.gateway_down(reason)
+            else:
+                await self._events.worker_down(place.partition, reason)
+            place.settled.set()
+            healthy = time.monotonic() - started_s > HEALTHY_AFTER_S
+            delay_s = RESTART_DELAY_S_MIN if healthy else min(delay_s * 2, RESTART_DELAY_S_MAX)
+            await asyncio.sleep(delay_s)
