@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 
 import psutil
 
@@ -91,7 +92,7 @@ class Fleet:
         for place in places:
             keeper = asyncio.create_task(self._keep(place), name=f"keep {place.name}")
             # A keeper only ends by a bug; nobody may then wait for its place for ever.
-            keeper.add_done_callback(lambda _, place=place: place.settled.set())
+            keeper.add_done_callback(partial(_settle, place))
             self._keepers.append(keeper)
         await asyncio.gather(*(place.settled.wait() for place in places))
         if self.gateway is None:
@@ -144,3 +145,7 @@ class Fleet:
             healthy = time.monotonic() - started_s > HEALTHY_AFTER_S
             delay_s = RESTART_DELAY_S_MIN if healthy else min(delay_s * 2, RESTART_DELAY_S_MAX)
             await asyncio.sleep(delay_s)
+
+
+def _settle(place: Place, keeper: asyncio.Task[None]) -> None:
+    place.settled.set()
