@@ -1,0 +1,118 @@
+"""What is known about a GPU, as frozen values, and the Protocol of whoever reads it.
+
+It owns the vocabulary between the NVML reader and everything above it. It never talks to a
+library. The invariant: a value carries the generation in which it was read, so that a decision made
+on old geometry can be refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Protocol
+
+# NVML tells the cores of a GPU but not its multiprocessors, so the ratio of each architecture (by
+# compute capability) has to be known. Anything else reports an SM count of 0: not known.
+CUDA_CORES_PER_SM: Mapping[tuple[int, int], int] = MappingProxyType(
+    {
+        (7, 0): 64,
+        (7, 5): 64,
+        (8, 0): 64,
+        (8, 6): 128,
+        (8, 9): 128,
+        (9, 0): 128,
+        (10, 0): 128,
+        (10, 3): 128,
+        (12, 0): 128,
+    }
+)
+
+
+class GpuHealth(StrEnum):
+    """Whether a GPU can be used at all."""
+
+    OK = "ok"
+    LOST = "lost"  # Fell off the bus, or is no longer listed.
+    FAILING = "failing"  # Listed, but the driver refuses to answer for it.
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as last read. Facts of a lost GPU are the last known ones; unknown numbers are 0.
+
+    `memory_bytes` is the total, of which the driver keeps `memory_reserved_bytes` for itself;
+    `memory_used_bytes` is what tenants hold. `numa_node` is None where the host does not tell.
+    `health_reason` says why when the health is not OK. An empty `uuid` means that the GPU was lost
+    before it was ever seen.
+    """
+
+    uuid: str
+    index: int
+    name: str = ""
+    pci_id: str = ""
+    pci_device_id: int = 0
+    memory_bytes: int = 0
+    memory_reserved_bytes: int = 0
+    memory_used_bytes: int = 0
+    sm_count: int = 0
+    compute_capability: tuple[int, int] = (0, 0)
+    mig_capable: bool = False
+    mig_enabled: bool = False
+    mig_pending: bool = False
+    driver_version: str = ""
+    numa_node: int | None = None
+    generation: int = 0
+    health: GpuHealth = GpuHealth.OK
+    health_reason: str = ""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tenants can have in all: the total less what the driver keeps."""
+        return max(0, self.memory_bytes - self.memory_reserved_bytes)
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    """A process with a compute context on the GPU. `used_bytes` is None where not told."""
+
+    pid: int
+    used_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """Readings of one GPU now. None means that this board or driver does not tell.
+
+    Temperature in degrees Celsius, power in watts, utilisation in per cent.
+    """
+
+    uuid: str
+    memory_used_bytes: int
+    temperature_c: int | None
+    power_w: float | None
+    utilization_percent: int | None
+    pcie_generation: int | None
+    pcie_lanes: int | None
+    processes: tuple[GpuProcess, ...]
+
+
+class NvmlReader(Protocol):
+    """Reads GPUs. Every method may raise the errors under `NvmlError`."""
+
+    def discover(self) -> tuple[Gpu, ...]:
+        """List every GPU, in index order. A lost or failing GPU is listed as such."""
+        ...
+
+    def telemetry(self, uuid: str, generation: int) -> Telemetry:
+        """Read one GPU; refuses a generation that is not the current one."""
+        ...
+
+    def invalidate(self, uuid: str) -> int:
+        """Drop what is cached of a GPU whose geometry changed; return its new generation."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the library. Closing twice is allowed."""
+        ...

@@ -1,0 +1,188 @@
+"""Reading GPUs through pynvml, above the real library or the simulated one alike.
+
+It owns NVML's handles and the last known facts of every GPU. It never changes a device and never
+waits for anything but the library itself: `bounded.BoundedNvml` puts a deadline around it and is
+what a daemon uses. The invariants: a GPU that is in trouble is reported as such and never fails the
+list; handles are cached by UUID and dropped whenever that GPU's generation moves on, because they,
+and indices, go stale after a change of geometry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pynvml
+
+from partitioner.errors import (
+    GpuLostError,
+    NvmlCallError,
+    NvmlClosedError,
+    NvmlUnavailableError,
+    StaleGenerationError,
+)
+from partitioner.gpu import Gpu, GpuHealth, GpuProcess, Telemetry
+from partitioner.nvml_facts import call, call_optional, read_gpu, read_memory
+
+_LOST = frozenset({pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_GPU_NOT_FOUND})
+# Errors of the library as a whole: no GPU is to blame for them.
+_OF_THE_LIBRARY = frozenset(
+    {
+        pynvml.NVML_ERROR_UNINITIALIZED,
+        pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
+        pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+    }
+)
+
+
+class PynvmlReader:
+    """An `NvmlReader` over pynvml. Not for use from several threads at once.
+
+    Raises `NvmlUnavailableError` on a host without a usable library.
+    """
+
+    def __init__(self) -> None:
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as error:
+            raise _unavailable(error) from error
+        self._open = True
+        self._known: dict[str, Gpu] = {}
+        self._handles: dict[str, Any] = {}
+
+    def discover(self) -> tuple[Gpu, ...]:
+        """List every GPU in index order; a GPU seen before and now missing is listed as lost."""
+        self._require_open()
+        driver_version = str(call("nvmlSystemGetDriverVersion"))
+        listed: dict[str, Gpu] = {}
+        troubled: list[tuple[int, str, NvmlCallError]] = []
+        for index in range(call("nvmlDeviceGetCount")):
+            uuid = ""
+            try:
+                handle = call("nvmlDeviceGetHandleByIndex", index)
+                uuid = str(call("nvmlDeviceGetUUID", handle))
+                listed[uuid] = read_gpu(handle, index, uuid, driver_version)
+                self._handles[uuid] = handle
+            except NvmlCallError as error:
+                if error.code in _OF_THE_LIBRARY:
+                    raise
+                troubled.append((index, uuid, error))
+        nameless: list[Gpu] = []
+        for index, uuid, failure in troubled:
+            gpu = self._in_trouble_at(index, uuid, failure, listed)
+            if gpu.uuid:
+                listed[gpu.uuid] = gpu
+            else:
+                nameless.append(gpu)
+        for uuid, gpu in self._known.items():
+            if uuid not in listed:
+                listed[uuid] = _in_trouble(gpu, GpuHealth.LOST, "the driver no longer lists it")
+        self._known = {uuid: self._with_generation(gpu) for uuid, gpu in listed.items()}
+        return tuple(sorted([*self._known.values(), *nameless], key=lambda gpu: gpu.index))
+
+    def telemetry(self, uuid: str, generation: int) -> Telemetry:
+        """Read one GPU now; raises `StaleGenerationError` and `GpuLostError`."""
+        handle = self._handle(uuid, generation)
+        try:
+            memory = read_memory(handle)
+            utilization = call_optional("nvmlDeviceGetUtilizationRates", handle)
+            power_mw = call_optional("nvmlDeviceGetPowerUsage", handle)
+            processes = call_optional("nvmlDeviceGetComputeRunningProcesses", handle) or []
+            return Telemetry(
+                uuid=uuid,
+                memory_used_bytes=memory[2],
+                temperature_c=call_optional(
+                    "nvmlDeviceGetTemperatureV", handle, pynvml.NVML_TEMPERATURE_GPU
+                ),
+                power_w=None if power_mw is None else power_mw / 1000,
+                utilization_percent=None if utilization is None else int(utilization.gpu),
+                pcie_generation=call_optional("nvmlDeviceGetCurrPcieLinkGeneration", handle),
+                pcie_lanes=call_optional("nvmlDeviceGetCurrPcieLinkWidth", handle),
+                processes=tuple(GpuProcess(each.pid, each.usedGpuMemory) for each in processes),
+            )
+        except NvmlCallError as error:
+            if error.code not in _LOST:
+                raise
+            raise GpuLostError(f"GPU {uuid} fell off the bus: {error}") from error
+
+    def invalidate(self, uuid: str) -> int:
+        """Drop what is cached of a GPU whose geometry changed; return its new generation."""
+        gpu = self._current(uuid)
+        self._handles.pop(uuid, None)
+        self._known[uuid] = replace(gpu, generation=gpu.generation + 1)
+        return self._known[uuid].generation
+
+    def close(self) -> None:
+        """Shut NVML down. Closing twice is allowed."""
+        if self._open:
+            self._open = False
+            self._handles.clear()
+            call("nvmlShutdown")
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise NvmlClosedError("the NVML reader is closed; open a new one")
+
+    def _current(self, uuid: str) -> Gpu:
+        self._require_open()
+        gpu = self._known.get(uuid)
+        if gpu is None:
+            raise GpuLostError(f"no GPU {uuid} is known; run a discovery and pick one it lists")
+        return gpu
+
+    def _handle(self, uuid: str, generation: int) -> Any:
+        """Return the cached handle, or look it up anew once after an invalidation."""
+        gpu = self._current(uuid)
+        if gpu.generation != generation:
+            raise StaleGenerationError(
+                f"GPU {uuid} is at generation {gpu.generation}, the caller knows {generation}; "
+                "discover again and decide on what is there now"
+            )
+        if gpu.health is GpuHealth.LOST:
+            raise GpuLostError(f"GPU {uuid} is lost: {gpu.health_reason}")
+        if uuid not in self._handles:
+            self._handles[uuid] = call("nvmlDeviceGetHandleByUUID", uuid)
+        return self._handles[uuid]
+
+    def _in_trouble_at(
+        self, index: int, uuid: str, error: NvmlCallError, listed: Mapping[str, Gpu]
+    ) -> Gpu:
+        """Describe the GPU at `index`, which did not answer, by what was known of it."""
+        health = GpuHealth.LOST if error.code in _LOST else GpuHealth.FAILING
+        before = self._known.get(uuid)
+        for gpu in self._known.values():
+            if before is None and not uuid and gpu.index == index and gpu.uuid not in listed:
+                before = gpu
+        if before is None:
+            return Gpu(uuid=uuid, index=index, health=health, health_reason=str(error))
+        return _in_trouble(before, health, str(error))
+
+    def _with_generation(self, gpu: Gpu) -> Gpu:
+        """Carry the generation on, or move it when what handles and indices mean has changed."""
+        before = self._known.get(gpu.uuid)
+        if before is None:
+            return replace(gpu, generation=1)
+        if _geometry(before) == _geometry(gpu):
+            return replace(gpu, generation=before.generation)
+        if gpu.health is GpuHealth.LOST:
+            self._handles.pop(gpu.uuid, None)
+        return replace(gpu, generation=before.generation + 1)
+
+
+def _geometry(gpu: Gpu) -> tuple[object, ...]:
+    return (gpu.index, gpu.pci_id, gpu.mig_enabled, gpu.health is GpuHealth.LOST)
+
+
+def _in_trouble(gpu: Gpu, health: GpuHealth, reason: str) -> Gpu:
+    return replace(gpu, health=health, health_reason=reason, memory_used_bytes=0)
+
+
+def _unavailable(error: Any) -> NvmlUnavailableError:
+    """Say why NVML cannot be used here and what to do."""
+    mend = "install or load the NVIDIA driver, or run on a simulated node with --simulate h200x1"
+    if error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+        return NvmlUnavailableError(f"this host has no NVML library (libnvidia-ml.so.1): {mend}")
+    if error.value == pynvml.NVML_ERROR_DRIVER_NOT_LOADED:
+        return NvmlUnavailableError(f"the NVIDIA kernel driver is not loaded: {mend}")
+    return NvmlUnavailableError(f"NVML cannot be initialised ({error}): {mend}")

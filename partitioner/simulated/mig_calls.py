@@ -1,0 +1,113 @@
+"""What the simulated NVML functions about MIG answer: mode, profiles and placements, read only.
+
+It owns one small function per NVML symbol, and their table. It never changes the node: functions
+that would are answered with NOT_SUPPORTED, as by a driver whose board lacks them. The invariant:
+geometry comes from the board's data alone, whatever its number of slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import pynvml
+
+from partitioner.catalogue import MigProfile
+from partitioner.simulated.abi import Status, Symbol, put_uint, unsigned, versioned
+from partitioner.simulated.node import SimulatedGpu, SimulatedNode
+
+
+def _mig_mode(node: SimulatedNode, gpu: SimulatedGpu, current: int, pending: int) -> None:
+    _require_mig_board(gpu)
+    put_uint(current, int(gpu.mig_current))
+    put_uint(pending, int(gpu.mig_pending))
+
+
+def _require_mig_board(gpu: SimulatedGpu) -> None:
+    if not gpu.board.mig_capable:
+        raise Status(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+
+def _mig_device_by_index(node: SimulatedNode, gpu: SimulatedGpu, index: int, out: int) -> None:
+    if not gpu.mig_current:
+        raise Status(pynvml.NVML_ERROR_NOT_SUPPORTED)
+    raise Status(pynvml.NVML_ERROR_NOT_FOUND)  # No instance exists until one can be created.
+
+
+def _profile(gpu: SimulatedGpu, field: str, number: int, missing: int) -> MigProfile:
+    _require_mig_board(gpu)
+    for profile in gpu.board.profiles:
+        if getattr(profile, field) == number:
+            return profile
+    raise Status(missing)
+
+
+def _profile_by_enum(gpu: SimulatedGpu, number: int) -> MigProfile:
+    if number >= pynvml.NVML_GPU_INSTANCE_PROFILE_COUNT:
+        raise Status(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+    return _profile(gpu, "enum", number, pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+
+def _fill_profile(info: Any, profile: MigProfile) -> None:
+    info.id = profile.id
+    info.isP2pSupported = 0
+    info.sliceCount = profile.compute_slices
+    info.instanceCount = profile.max_instances
+    info.multiprocessorCount = profile.sm_count
+    info.copyEngineCount = profile.copy_engines
+    info.decoderCount = profile.decoders
+    info.encoderCount = profile.encoders
+    info.jpegCount = profile.jpeg
+    info.ofaCount = profile.ofa
+    info.memorySizeMB = profile.memory_mib
+
+
+def _fill_named_profile(address: int, profile: MigProfile) -> None:
+    info = versioned(
+        pynvml.c_nvmlGpuInstanceProfileInfo_v2_t, address, pynvml.nvmlGpuInstanceProfileInfo_v2
+    )
+    _fill_profile(info, profile)
+    info.name = f"MIG {profile.name}"
+
+
+def _profile_info_v1(node: SimulatedNode, gpu: SimulatedGpu, number: int, out: int) -> None:
+    profile = _profile_by_enum(gpu, number)
+    _fill_profile(pynvml.c_nvmlGpuInstanceProfileInfo_t.from_address(out), profile)
+
+
+def _profile_info_v2(node: SimulatedNode, gpu: SimulatedGpu, number: int, out: int) -> None:
+    _fill_named_profile(out, _profile_by_enum(gpu, number))
+
+
+def _profile_info_by_id(node: SimulatedNode, gpu: SimulatedGpu, number: int, out: int) -> None:
+    _fill_named_profile(out, _profile(gpu, "id", number, pynvml.NVML_ERROR_INVALID_ARGUMENT))
+
+
+def _possible_placements(
+    node: SimulatedNode, gpu: SimulatedGpu, number: int, out: int | None, count: int
+) -> None:
+    profile = _profile(gpu, "id", number, pynvml.NVML_ERROR_INVALID_ARGUMENT)
+    put_uint(count, len(profile.placements))
+    if out is None:  # The first of the two calls asks only how many there are.
+        return
+    table = (pynvml.c_nvmlGpuInstancePlacement_t * len(profile.placements)).from_address(out)
+    for row, placement in zip(table, profile.placements, strict=True):
+        row.start, row.size = placement.start, placement.size
+
+
+MIG_CALLS: Mapping[str, Symbol] = MappingProxyType(
+    {
+        "nvmlDeviceIsMigDeviceHandle": unsigned(lambda gpu: 0),
+        "nvmlDeviceGetMigMode": ("hpp", _mig_mode),
+        # The most MIG devices there may be is told only while MIG is on.
+        "nvmlDeviceGetMaxMigDeviceCount": unsigned(
+            lambda gpu: gpu.board.compute_slices if gpu.mig_current else 0
+        ),
+        "nvmlDeviceGetMigDeviceHandleByIndex": ("hup", _mig_device_by_index),
+        "nvmlDeviceGetGpuInstanceProfileInfo": ("hup", _profile_info_v1),
+        "nvmlDeviceGetGpuInstanceProfileInfoV": ("hup", _profile_info_v2),
+        "nvmlDeviceGetGpuInstanceProfileInfoByIdV": ("hup", _profile_info_by_id),
+        "nvmlDeviceGetGpuInstancePossiblePlacements_v2": ("huop", _possible_placements),
+    }
+)

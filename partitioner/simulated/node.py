@@ -1,0 +1,187 @@
+"""The state of a simulated node: its GPUs, and the faults, delays and stalls put upon it.
+
+It owns what the simulated library answers from. It never knows of ctypes or pynvml. The invariant:
+the state follows from the description and from the calls made here, nothing else: the same
+description gives the same UUIDs and bus addresses in every process and on every day. Everything
+here may be used from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from partitioner.catalogue import Board
+from partitioner.errors import SimulationError
+from partitioner.simulation import NodeSpec, ProcessSpec
+
+ANY_FUNCTION = "*"
+FIRST_HANDLE = 0x5EED0000
+MIB = 1 << 20
+
+_UUID_NAMESPACE = uuid.UUID("6f1c7d52-2b54-4a0e-9d0e-0f5a5a3c1b7e")
+_FIRST_BUS = 0x10
+_BUS_STEP = 8
+
+
+@dataclass
+class SimulatedGpu:
+    """One GPU's mutable state. `handle` is the opaque number that NVML's callers hold."""
+
+    index: int
+    uuid: str
+    handle: int
+    board_key: str
+    board: Board
+    numa_node: int | None
+    mig_current: bool
+    mig_pending: bool
+    processes: tuple[ProcessSpec, ...]
+    temperature_c: int = 33
+    utilization_percent: int = 0
+    lost: bool = False
+
+    @property
+    def bus(self) -> int:
+        """The PCI bus number; domain, device and function are 0."""
+        return _FIRST_BUS + _BUS_STEP * self.index
+
+    @property
+    def used_bytes(self) -> int:
+        """What processes hold, driver reserve excluded."""
+        return sum(process.memory_mib for process in self.processes) * MIB
+
+    @property
+    def power_mw(self) -> int:
+        """A tenth of the limit at rest, rising to the limit with utilisation."""
+        return self.board.power_limit_w * (100 + 9 * self.utilization_percent)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An NVML error to be answered instead of the truth.
+
+    It strikes calls of `function` (or of any) on the GPU with `gpu_uuid` (or on any), after
+    `after_calls` matching calls have passed, `times` times (None: for ever).
+    """
+
+    code: int
+    function: str = ANY_FUNCTION
+    gpu_uuid: str | None = None
+    after_calls: int = 0
+    times: int | None = None
+
+
+@dataclass
+class _ArmedFault:
+    fault: Fault
+    seen: int = 0
+
+    def strikes(self, function: str, gpu: SimulatedGpu | None) -> bool:
+        fault = self.fault
+        if fault.function not in (ANY_FUNCTION, function):
+            return False
+        if fault.gpu_uuid is not None and (gpu is None or gpu.uuid != fault.gpu_uuid):
+            return False
+        self.seen += 1
+        struck = self.seen - fault.after_calls
+        return struck > 0 and (fault.times is None or struck <= fault.times)
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A function that does not return until `released` is set. `entered` tells that one waits."""
+
+    entered: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
+
+
+class SimulatedNode:
+    """A node's GPUs and what has been done to them. `sleep` is how injected latency passes."""
+
+    def __init__(self, spec: NodeSpec, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.driver_version = spec.driver_version
+        self.cuda_version = spec.cuda_version
+        self.gpus: tuple[SimulatedGpu, ...] = tuple(
+            SimulatedGpu(
+                index=index,
+                uuid=f"GPU-{uuid.uuid5(_UUID_NAMESPACE, f'{gpu.board_key}/{index}')}",
+                handle=FIRST_HANDLE + 16 * index,
+                board_key=gpu.board_key,
+                board=gpu.board,
+                numa_node=gpu.numa_node,
+                mig_current=gpu.mig_enabled,
+                mig_pending=gpu.mig_enabled,
+                processes=gpu.processes,
+            )
+            for index, gpu in enumerate(spec.gpus)
+        )
+        # Symbols that this node's library lacks, to play an older driver.
+        self.hidden_symbols: frozenset[str] = frozenset()
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._faults: list[_ArmedFault] = []
+        self._latencies_s: dict[str, float] = {}
+        self._stalls: dict[str, Stall] = {}
+        self._calls: dict[str, int] = {}
+
+    def gpu(self, gpu_uuid: str) -> SimulatedGpu:
+        """Return the GPU with this UUID; raises `SimulationError`."""
+        for gpu in self.gpus:
+            if gpu.uuid == gpu_uuid:
+                return gpu
+        known = ", ".join(gpu.uuid for gpu in self.gpus)
+        raise SimulationError(f"the simulated node has no GPU {gpu_uuid}; it has {known}")
+
+    def inject(self, fault: Fault) -> None:
+        """Arm a fault; the first armed fault that strikes a call decides its answer."""
+        with self._lock:
+            self._faults.append(_ArmedFault(fault))
+
+    def set_latency(self, function: str, latency_s: float) -> None:
+        """Make every call of `function` take this much longer; 0 takes the delay away."""
+        with self._lock:
+            self._latencies_s[function] = latency_s
+
+    def stall(self, function: str) -> Stall:
+        """Make calls of `function` hang, as a stuck driver does, until the stall is released."""
+        with self._lock:
+            return self._stalls.setdefault(function, Stall())
+
+    def vanish(self, gpu_uuid: str) -> None:
+        """Let a GPU fall off the bus: whatever touches it is answered with GPU_IS_LOST."""
+        self.gpu(gpu_uuid).lost = True
+
+    def clear_injections(self) -> None:
+        """Take every fault, delay and stall away, release what hangs, bring lost GPUs back."""
+        with self._lock:
+            stalls = tuple(self._stalls.values())
+            self._faults.clear()
+            self._latencies_s.clear()
+            self._stalls.clear()
+        for stall in stalls:
+            stall.released.set()
+        for gpu in self.gpus:
+            gpu.lost = False
+
+    def calls_of(self, function: str) -> int:
+        """How often a function of the library was called so far."""
+        with self._lock:
+            return self._calls.get(function, 0)
+
+    def before_call(self, function: str, gpu: SimulatedGpu | None) -> int | None:
+        """Count a call, pass its delays, and return the code to answer, or None for the truth."""
+        with self._lock:
+            self._calls[function] = self._calls.get(function, 0) + 1
+            stall = self._stalls.get(function)
+            latency_s = self._latencies_s.get(function, 0.0)
+            armed = next((each for each in self._faults if each.strikes(function, gpu)), None)
+        if stall is not None:
+            stall.entered.set()
+            stall.released.wait()
+        if latency_s > 0:
+            self._sleep(latency_s)
+        return armed.fault.code if armed is not None else None
