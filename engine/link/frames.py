@@ -91,7 +91,7 @@ class Link(Generic[Message]):
         self._outbox_bytes += len(frame)
         if not self._writing:
             self._flush()
-        if self._outbox_bytes > OUTBOX_BYTES_HIGH:
+        if self._outbox_bytes > OUTBOX_BYTES_HIGH and self._error is None:
             self._drained.clear()
 
     async def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
@@ -192,12 +192,18 @@ class Link(Generic[Message]):
                 message = self._decoder.decode(
                     memoryview(self._buffer)[start + _HEADER.size : end].tobytes()
                 )
-                descriptors = [self._descriptors.popleft() for _ in range(count)]
-            except (msgspec.MsgspecError, IndexError) as error:
+            except msgspec.MsgspecError as error:
                 self._fail(FrameInvalid(f"{self.name} sent what this link does not carry: {error}"))
                 return
-            self._inbox.append((message, descriptors))
+            if len(self._descriptors) < count:
+                self._fail(FrameInvalid(f"{self.name} announced descriptors it did not send"))
+                return
+            self._inbox.append((message, [self._descriptors.popleft() for _ in range(count)]))
             start = end
+        # What is left belongs to one frame that has begun, so more than its share is nobody's.
+        if len(self._descriptors) > DESCRIPTORS_PER_FRAME_MAX:
+            self._fail(FrameInvalid(f"{self.name} sent descriptors it did not announce"))
+            return
         if start:
             del self._buffer[:start]
             self._arrived.set()

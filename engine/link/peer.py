@@ -74,8 +74,9 @@ class Peer(Generic[Incoming]):
         future: asyncio.Future[tuple[Any, list[int]]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
-            await self.link.send(msgspec.structs.replace(message, call=number), descriptors)
+            # The deadline covers sending too: a peer that has stopped reading never lets it end.
             async with asyncio.timeout(timeout_s):
+                await self.link.send(msgspec.structs.replace(message, call=number), descriptors)
                 return await future
         except TimeoutError as error:
             raise CallTimedOut(
@@ -89,9 +90,9 @@ class Peer(Generic[Incoming]):
             while True:
                 received: tuple[Any, list[int]] = await self.link.receive()
                 message, descriptors = received
-                if isinstance(message, self._replies):
-                    reply: Any = message
-                    future = self._waiting.get(reply.call)
+                call: int = getattr(message, "call", 0)
+                if call and isinstance(message, self._replies):
+                    future = self._waiting.get(call)
                     if future is not None and not future.done():
                         future.set_result((message, descriptors))
                     else:
