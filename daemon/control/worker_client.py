@@ -18,6 +18,8 @@ from engine.link.errors import LinkError
 from engine.link.peer import Peer
 
 CALL_TIMEOUT_S = 10.0
+# A worker answers from its link thread, whatever its engines do; one that does not is stuck.
+DESCRIBE_TIMEOUT_S = 5.0
 ATTACH_TIMEOUT_S = 600.0
 EXCHANGE_TIMEOUT_S = 3600.0
 # What a call that waits for requests may take on top of the drain timeout it was given.
@@ -81,7 +83,7 @@ class WorkerClient:
 
     async def describe(self) -> control.WorkerState:
         """Ask who and what the worker is now."""
-        reply = await self._call(control.Describe())
+        reply = await self._call(control.Describe(), timeout_s=DESCRIBE_TIMEOUT_S)
         assert isinstance(reply, control.WorkerState)
         self.state = reply
         return reply

@@ -1,0 +1,218 @@
+"""The fleet over real processes: started, killed, adopted, replaced, ended.
+
+The processes are stand-ins that speak the control links; signals, sockets and pids are real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from daemon.control import process_record
+from daemon.control.errors import ProcessFailed
+from daemon.control.fleet import Fleet
+from daemon.control.gateway_client import GatewayClient
+from daemon.control.notify import boot_id
+from daemon.control.place import Commands
+from daemon.control.processes import Child
+from daemon.control.worker_client import WorkerClient
+from engine.link import control, routes
+
+WAIT_S = 20.0
+
+
+class Recorder:
+    """What the fleet reported, in order, and a way to wait for it."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, ...]] = []
+        self._changed = asyncio.Event()
+
+    def _note(self, *event: str) -> None:
+        self.events.append(event)
+        self._changed.set()
+
+    async def until(self, wanted: Callable[[list[tuple[str, ...]]], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not wanted(self.events):
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def worker_up(self, client: WorkerClient, adopted: bool) -> None:
+        self._note("up", client.partition, str(adopted))
+
+    async def worker_down(self, partition: str, reason: str) -> None:
+        self._note("down", partition, reason)
+
+    async def worker_state(self, state: control.WorkerState) -> None:
+        self._note("state", state.partition)
+
+    async def gateway_up(self, client: GatewayClient, adopted: bool) -> None:
+        self._note("up", "gateway", str(adopted))
+
+    async def gateway_down(self, reason: str) -> None:
+        self._note("down", "gateway", reason)
+
+    async def demand(self, demand: routes.Demand) -> None:
+        self._note("demand")
+
+    async def metrics(self) -> str:
+        return ""
+
+
+def commands(root: Path, mode: Callable[[str], str] = lambda name: "well") -> Commands:
+    def stand_in(role: str, directory: Path, generation: int, name: str) -> list[str]:
+        module = "tests.support.stand_in"
+        return [sys.executable, "-m", module, role, str(directory), str(generation), mode(name)]
+
+    return Commands(
+        runtime_dir=root,
+        log_dir=root,
+        gateway=lambda generation: stand_in("gateway", root / "gateway", generation, "gateway"),
+        worker=lambda partition, generation: stand_in(
+            "worker", root / "workers" / partition, generation, partition
+        ),
+    )
+
+
+@contextlib.asynccontextmanager
+async def running(
+    root: Path, partitions: tuple[str, ...] = ("gpu0", "gpu1"), **kwargs: Callable[[str], str]
+) -> AsyncIterator[tuple[Fleet, Recorder]]:
+    recorder = Recorder()
+    fleet = Fleet(commands(root, **kwargs), partitions, recorder)
+    try:
+        await fleet.start()
+        yield fleet, recorder
+    finally:
+        await fleet.stop(0)
+        leftovers = [info for info in fleet.processes() if info.role != "hotbayd"]
+        assert not leftovers
+
+
+def run(scenario: Callable[[], object]) -> None:
+    asyncio.run(scenario())  # type: ignore[arg-type]
+
+
+def test_everything_is_started_connected_and_ended(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as (fleet, recorder):
+            assert set(fleet.workers) == {"gpu0", "gpu1"}
+            assert fleet.gateway is not None
+            assert sorted(recorder.events) == [
+                ("up", "gateway", "False"),
+                ("up", "gpu0", "False"),
+                ("up", "gpu1", "False"),
+            ]
+            roles = [(info.role, info.partition) for info in fleet.processes()]
+            assert roles == [
+                ("hotbayd", ""),
+                ("gateway", ""),
+                ("worker", "gpu0"),
+                ("worker", "gpu1"),
+            ]
+            pids = [info.pid for info in fleet.processes()[1:]]
+            # Sessions of their own: a Ctrl-C meant for the daemon does not reach them.
+            assert all(os.getsid(pid) == pid for pid in pids)
+            sockets = [address.tokens_socket for address in fleet.addresses()]
+            assert sockets == [
+                str(tmp_path / "workers" / p / "tokens.sock") for p in ("gpu0", "gpu1")
+            ]
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+
+    run(scenario)
+
+
+def test_a_killed_worker_is_replaced_and_the_other_left_alone(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as (fleet, recorder):
+            before = {info.partition: info for info in fleet.processes()}
+            os.kill(before["gpu0"].pid, signal.SIGKILL)
+            await recorder.until(lambda events: events.count(("up", "gpu0", "False")) == 2)
+            downs = [event for event in recorder.events if event[0] == "down"]
+            assert downs == [("down", "gpu0", f"process {before['gpu0'].pid} was ended by SIGKILL")]
+            after = {info.partition: info for info in fleet.processes()}
+            assert after["gpu1"] == before["gpu1"] or after["gpu1"].pid == before["gpu1"].pid
+            assert after["gpu0"].restarts == 1
+            assert after["gpu0"].generation > before["gpu0"].generation
+
+    run(scenario)
+
+
+def test_a_new_daemon_adopts_what_the_old_one_left(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        first = Fleet(commands(tmp_path), ("gpu0",), Recorder())
+        await first.start()
+        left = {info.role: info for info in first.processes() if info.role != "hotbayd"}
+        await first.detach()
+        async with running(tmp_path, ("gpu0",)) as (fleet, recorder):
+            assert sorted(recorder.events) == [("up", "gateway", "True"), ("up", "gpu0", "True")]
+            found = {info.role: info for info in fleet.processes() if info.role != "hotbayd"}
+            assert {role: info.pid for role, info in found.items()} == {
+                role: info.pid for role, info in left.items()
+            }
+            assert found["worker"].generation == left["worker"].generation
+            assert found["worker"].adopted
+            # An adopted process is watched as well as one's own child.
+            os.kill(found["worker"].pid, signal.SIGKILL)
+            await recorder.until(lambda events: ("up", "gpu0", "False") in events)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("mode", ["mute", "old"])
+def test_what_cannot_be_spoken_to_is_replaced(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.control.worker_client.DESCRIBE_TIMEOUT_S", 0.3)
+
+    async def scenario() -> None:
+        directory = tmp_path / "workers" / "gpu0"
+        directory.mkdir(parents=True)
+        arguments = commands(tmp_path, mode=lambda name: mode).worker("gpu0", 1)
+        stuck = Child.start(arguments, None)
+        process_record.write(directory, stuck.pid, boot_id())
+        async with asyncio.timeout(WAIT_S):
+            # The file is another process's: there is no event to wait for.
+            while not (directory / "control.sock").exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        async with running(tmp_path, ("gpu0",)) as (fleet, recorder):
+            assert ("up", "gpu0", "False") in recorder.events
+            assert fleet.workers["gpu0"].pid != stuck.pid
+        async with asyncio.timeout(WAIT_S):
+            await stuck.exited()
+
+    run(scenario)
+
+
+def test_a_worker_that_cannot_start_is_reported_and_does_not_stop_the_node(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        def mode(name: str) -> str:
+            return "exit" if name == "gpu1" else "well"
+
+        async with running(tmp_path, mode=mode) as (fleet, recorder):
+            assert set(fleet.workers) == {"gpu0"}
+            assert "exited with code 7" in fleet.failure("gpu1")
+            assert "worker-gpu1.log" in fleet.failure("gpu1")
+            assert fleet.failure("gpu0") == ""
+            assert any(event[:2] == ("down", "gpu1") for event in recorder.events)
+
+    run(scenario)
+
+
+def test_without_a_gateway_the_start_fails(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        fleet = Fleet(commands(tmp_path, mode=lambda name: "exit"), (), Recorder())
+        with pytest.raises(ProcessFailed, match="exited with code 7"):
+            await fleet.start()
+        await fleet.stop(0)
+
+    run(scenario)
