@@ -1,0 +1,196 @@
+"""The image builder: a short-lived process that turns one checkpoint into one image.
+
+It owns reading the checkpoint and filling the segment it is handed; it never sees a device, never
+allocates the image's memory and never imports torch. It speaks `engine.link.build` over an
+inherited socket, one request at a time. Invariant: every Inspect and Build is answered once, by its
+reply or by Failed, and the process ends when the socket closes, in the middle of a build too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import EngineError
+from engine.link.build import (
+    BuildProgress,
+    Built,
+    Failed,
+    FromBuilder,
+    Inspect,
+    Inspected,
+    ToBuilder,
+)
+from engine.link.errors import LinkClosed, LinkError
+from engine.link.frames import Link
+from engine.models.layout import image_recipes
+from engine.models.spec import ModelSpec
+from swap.build import build_image, check_sources
+from swap.checkpoint import Checkpoint
+from swap.errors import SwapError
+from swap.image import ITEM_BYTES, Manifest, TensorRecipe, plan_image, segment_bytes
+from swap.segment import Segment
+
+REQUESTS_WAITING_MAX = 8
+
+
+class BuilderMisuse(Exception):
+    """hotbayd asked for something out of order."""
+
+    reason = "BUILD_REFUSED"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint that was found sound, open, with the image it will become."""
+
+    spec: ModelSpec
+    recipes: tuple[TensorRecipe, ...]
+    checkpoint: Checkpoint
+    layout: Manifest
+
+
+def inspect(directory: str, dtype: str) -> Inspection:
+    """Read configuration and headers, and lay the image out. Raises EngineError or SwapError."""
+    if dtype not in ITEM_BYTES:
+        raise BuilderMisuse(f"weights cannot be {dtype!r}: use one of {', '.join(ITEM_BYTES)}")
+    spec = ModelSpec.from_directory(directory)
+    recipes = image_recipes(spec)
+    checkpoint = Checkpoint.open(directory)
+    try:
+        check_sources(checkpoint, recipes)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return Inspection(spec, recipes, checkpoint, plan_image(recipes, dtype, spec.to_dict()))
+
+
+class Builder:
+    """Serves one link until it closes."""
+
+    def __init__(self, link: Link[Any]) -> None:
+        self._link = link
+        self._loop = asyncio.get_running_loop()
+        self._inspection: Inspection | None = None
+        self._cancelled = threading.Event()
+
+    async def serve(self) -> None:
+        """Answer requests one after the other; returns when the link is closed."""
+        requests: asyncio.Queue[tuple[ToBuilder, list[int]] | None] = asyncio.Queue(
+            REQUESTS_WAITING_MAX
+        )
+        worker = asyncio.create_task(self._answer_all(requests))
+        try:
+            while True:
+                await requests.put(await self._link.receive())
+        except LinkError:
+            # hotbayd is gone or has what it wanted; a build under way is for nobody.
+            self._cancelled.set()
+            await requests.put(None)
+            await worker
+        finally:
+            self._link.close()
+            if self._inspection is not None:
+                self._inspection.checkpoint.close()
+
+    async def _answer_all(
+        self, requests: asyncio.Queue[tuple[ToBuilder, list[int]] | None]
+    ) -> None:
+        while (item := await requests.get()) is not None:
+            request, descriptors = item
+            try:
+                reply = await self._answer(request, descriptors)
+            except (EngineError, SwapError, BuilderMisuse) as error:
+                metadata = getattr(error, "metadata", {})
+                reply = Failed(request.call, error.reason, str(error), metadata)
+            except Exception as error:  # a bug or the system's refusal: say it, do not vanish
+                reply = Failed(request.call, "INTERNAL", f"the builder failed: {error!r}")
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            try:
+                await self._link.send(reply)
+            except LinkClosed:
+                return
+
+    async def _answer(self, request: ToBuilder, descriptors: list[int]) -> FromBuilder:
+        if isinstance(request, Inspect):
+            return await self._inspect(request)
+        if self._inspection is None or len(descriptors) != 1:
+            raise BuilderMisuse(
+                f"a build needs an inspected checkpoint and one segment, not {len(descriptors)}"
+            )
+        # The segment is closed with the descriptors it came with.
+        segment = Segment(descriptors[0])
+        if segment.sealed or segment.size_bytes != segment_bytes(self._inspection.layout):
+            raise BuilderMisuse(
+                f"a segment of {segment.size_bytes} bytes is not what was asked for"
+            )
+        manifest = await asyncio.to_thread(self._build, self._inspection, segment)
+        return Built(request.call, manifest.digest)
+
+    async def _inspect(self, request: Inspect) -> Inspected:
+        if self._inspection is not None:
+            self._inspection.checkpoint.close()
+            self._inspection = None
+        found = await asyncio.to_thread(inspect, request.directory, request.dtype)
+        self._inspection = found
+        return Inspected(
+            call=request.call,
+            family=found.spec.family,
+            parameters=found.spec.parameters,
+            vocabulary=found.spec.vocabulary,
+            layers=found.spec.layers,
+            context_tokens=found.spec.context_tokens,
+            checkpoint_bytes=found.checkpoint.size_bytes,
+            segment_bytes=segment_bytes(found.layout),
+            weights_bytes=found.layout.weights_bytes,
+            kv_bytes_per_token=found.spec.kv_bytes_per_token(request.dtype),
+        )
+
+    def _build(self, inspection: Inspection, segment: Segment) -> Manifest:
+        def tell(done: int, total: int) -> None:
+            self._loop.call_soon_threadsafe(self._post_progress, BuildProgress(done, total))
+
+        return build_image(
+            inspection.checkpoint,
+            inspection.recipes,
+            inspection.layout,
+            segment,
+            progress=tell,
+            cancelled=self._cancelled,
+        )
+
+    def _post_progress(self, progress: BuildProgress) -> None:
+        try:
+            self._link.post(progress)
+        except LinkError:
+            # Progress is worth nothing to whoever does not listen; the reply will tell.
+            return
+
+
+async def _run(descriptor: int) -> None:
+    link: Link[Any] = Link(socket.socket(fileno=descriptor), ToBuilder, name="hotbayd")
+    await Builder(link).serve()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the process: `python -m engine.builder --descriptor N`."""
+    parser = argparse.ArgumentParser(prog="engine.builder", description=__doc__)
+    parser.add_argument("--descriptor", type=int, required=True, help="socket to hotbayd")
+    descriptor: int = parser.parse_args(arguments).descriptor
+    # An interrupt typed at a terminal goes to hotbayd, which closes the socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asyncio.run(_run(descriptor))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
