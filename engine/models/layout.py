@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from swap.image import TensorRecipe
-
 from engine.models.spec import ModelSpec
+from swap.image import TensorRecipe
 
 EMBEDDING_LAYER = -1
 
