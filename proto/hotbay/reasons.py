@@ -174,6 +174,10 @@ class Reason(StrEnum):
     TRANSFER_CANCELLED = (
         "TRANSFER_CANCELLED", Code.CANCELLED, "the copy to the device was given up; repeat it",
     )
+    ABANDONED = ("ABANDONED", Code.CANCELLED, "the daemon took the step back; see its operation")
+    STAGE_TIMED_OUT = (
+        "STAGE_TIMED_OUT", Code.DEADLINE_EXCEEDED, "raise the limit of the stage it names",
+    )
     TIMED_OUT = (
         "TIMED_OUT", Code.DEADLINE_EXCEEDED, "allow more time, or see what is slow in the events",
     )
@@ -202,6 +206,7 @@ class Reason(StrEnum):
     JOURNAL_FAILED = (
         "JOURNAL_FAILED", Code.INTERNAL, "look at the disk that holds the state directory",
     )
+    FAIL_POINT = ("FAIL_POINT", Code.INTERNAL, "clear the fail point that asked for it")
     INTERNAL = ("INTERNAL", Code.INTERNAL, "report it with the daemon's log")
 
     # Not now; the same call may succeed later.

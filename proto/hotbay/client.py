@@ -1,0 +1,281 @@
+"""The public door: one object whose methods are the control API in plain Python.
+
+Methods take words, numbers and seconds, give back the API's messages, and raise the errors of
+`hotbay.errors`. Every change carries a `request_id`; give your own to be able to repeat a call
+whose answer was lost: the daemon does it once. Nothing is cached, and nothing is connected before
+the first call.
+
+    with Client(default_endpoint(os.getuid(), os.environ)) as node:
+        operation = node.swap("prose", "code")
+        node.wait(operation)
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Literal, Self
+
+from google.longrunning.operations_proto_pb2 import Operation
+
+from hotbay.connection import Connection
+from hotbay.operations import Operations, duration_or_none
+from hotbay.patience import Clock, SystemClock
+from hotbay.v1 import (
+    common_pb2,
+    model_pb2,
+    model_pb2_grpc,
+    node_pb2,
+    node_pb2_grpc,
+    partition_pb2,
+    partition_pb2_grpc,
+    watch_pb2,
+)
+from hotbay.watching import watch
+
+CALL_TIMEOUT_S = 10.0
+RECONNECT_S = 30.0
+
+InFlight = Literal["default", "drain", "preserve", "recompute", "abort"]
+
+
+class Client:
+    """A connection to one hotbayd.
+
+    `timeout_s` bounds each call; `reconnect_s` bounds how long `wait` and `watch` put up with a
+    daemon that has gone away.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        reconnect_s: float = RECONNECT_S,
+        clock: Clock | None = None,
+    ) -> None:
+        self._clock = clock or SystemClock()
+        self._reconnect_s = reconnect_s
+        self._connection = Connection(endpoint, timeout_s=timeout_s)
+        self._nodes = self._connection.stub(node_pb2_grpc.NodeServiceStub)
+        self._partitions = self._connection.stub(partition_pb2_grpc.PartitionServiceStub)
+        self._models = self._connection.stub(model_pb2_grpc.ModelServiceStub)
+        self._operations = Operations(self._connection, clock=self._clock, reconnect_s=reconnect_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. Operations go on."""
+        self._connection.close()
+
+    # What there is.
+
+    def node(self) -> node_pb2.Node:
+        """The daemon and its host."""
+        node: node_pb2.Node = self._connection.call(self._nodes.GetNode, node_pb2.GetNodeRequest())
+        return node
+
+    def gpus(self) -> node_pb2.ListGpusResponse:
+        """The GPUs, and those that did not answer."""
+        answer: node_pb2.ListGpusResponse = self._connection.call(
+            self._nodes.ListGpus, node_pb2.ListGpusRequest()
+        )
+        return answer
+
+    def partitions(self) -> list[partition_pb2.Partition]:
+        """All partitions, with the models on them."""
+        pages = self._connection.pages(
+            self._partitions.ListPartitions, partition_pb2.ListPartitionsRequest()
+        )
+        return [partition for page in pages for partition in page.partitions]
+
+    def partition(self, partition_id: str) -> partition_pb2.Partition:
+        """One partition. Raises NotFound."""
+        request = partition_pb2.GetPartitionRequest(id=partition_id)
+        partition: partition_pb2.Partition = self._connection.call(
+            self._partitions.GetPartition, request
+        )
+        return partition
+
+    def models(self) -> list[model_pb2.Model]:
+        """All registered models."""
+        pages = self._connection.pages(self._models.ListModels, model_pb2.ListModelsRequest())
+        return [model for page in pages for model in page.models]
+
+    def model(self, name: str) -> model_pb2.Model:
+        """One model. Raises NotFound."""
+        model: model_pb2.Model = self._connection.call(
+            self._models.GetModel, model_pb2.GetModelRequest(name=name)
+        )
+        return model
+
+    # What can be changed. Each returns at once; what takes time is an operation to wait for.
+
+    def register(
+        self,
+        name: str,
+        directory: str,
+        *,
+        version: int = 0,
+        request_id: str = "",
+        validate_only: bool = False,
+    ) -> model_pb2.Model:
+        """Make the checkpoint in `directory`, on the daemon's host, known as `name`."""
+        request = model_pb2.RegisterModelRequest(
+            name=name,
+            directory=directory,
+            version=version,
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        )
+        model: model_pb2.Model = self._connection.call(self._models.RegisterModel, request)
+        return model
+
+    def load(
+        self,
+        model: str,
+        *,
+        partition: str = "",
+        standby: bool = False,
+        request_id: str = "",
+        validate_only: bool = False,
+    ) -> Operation:
+        """Make a model ACTIVE where it fits, else leave it STANDBY; `standby` stops there."""
+        request = model_pb2.LoadModelRequest(
+            model=model,
+            partition=partition,
+            standby=standby,
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        )
+        return self._connection.call(self._models.LoadModel, request)
+
+    def unload(
+        self,
+        model: str,
+        *,
+        in_flight: InFlight = "default",
+        drain_timeout_s: float | None = None,
+        evict: bool = False,
+        request_id: str = "",
+        validate_only: bool = False,
+    ) -> Operation:
+        """Take a model off its partition, with `evict` out of host memory as well."""
+        request = model_pb2.UnloadModelRequest(
+            model=model,
+            in_flight=policy(in_flight),
+            drain_timeout=duration_or_none(drain_timeout_s),
+            evict=evict,
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        )
+        return self._connection.call(self._models.UnloadModel, request)
+
+    def swap(
+        self,
+        outgoing: str,
+        incoming: str,
+        *,
+        partition: str = "",
+        in_flight: InFlight = "default",
+        drain_timeout_s: float | None = None,
+        request_id: str = "",
+        validate_only: bool = False,
+    ) -> Operation:
+        """Take `outgoing` out of ACTIVE and put `incoming` in; `validate_only` gives the plan."""
+        request = model_pb2.SwapModelRequest(
+            outgoing=outgoing,
+            incoming=incoming,
+            partition=partition,
+            in_flight=policy(in_flight),
+            drain_timeout=duration_or_none(drain_timeout_s),
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        )
+        return self._connection.call(self._models.SwapModel, request)
+
+    def drain(
+        self,
+        model: str,
+        *,
+        in_flight: InFlight = "default",
+        drain_timeout_s: float | None = None,
+        request_id: str = "",
+        validate_only: bool = False,
+    ) -> Operation:
+        """Stop admitting requests for a model; its weights stay."""
+        request = model_pb2.DrainModelRequest(
+            model=model,
+            in_flight=policy(in_flight),
+            drain_timeout=duration_or_none(drain_timeout_s),
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        )
+        return self._connection.call(self._models.DrainModel, request)
+
+    def resume(self, model: str, *, request_id: str = "", validate_only: bool = False) -> Operation:
+        """Let a drained model serve again."""
+        request = model_pb2.ResumeModelRequest(
+            model=model, request_id=request_id or new_request_id(), validate_only=validate_only
+        )
+        return self._connection.call(self._models.ResumeModel, request)
+
+    # What goes on.
+
+    def operation(self, name: str) -> Operation:
+        """Where an operation stands, by `operations/<id>` or `<id>`."""
+        return self._operations.get(name)
+
+    def operations(self) -> list[Operation]:
+        """All operations that the daemon remembers."""
+        return list(self._operations.list())
+
+    def cancel(self, name: str) -> None:
+        """Ask an operation to stop. Raises Conflict when it has passed the point where it can."""
+        self._operations.cancel(name)
+
+    def wait(
+        self,
+        operation: Operation | str,
+        *,
+        timeout_s: float | None = None,
+        on_update: Callable[[Operation], None] | None = None,
+    ) -> Operation:
+        """Wait for an operation, through restarts of the daemon; see `hotbay.operations`.
+
+        Raises OperationFailed when it ended with an error, StillRunning after `timeout_s`.
+        """
+        return self._operations.wait(operation, timeout_s=timeout_s, on_update=on_update)
+
+    def watch(
+        self, kinds: Sequence[str] = (), *, resume_token: str = ""
+    ) -> Iterator[watch_pb2.WatchEvent]:
+        """Events without end, through restarts of the daemon; see `hotbay.watching`."""
+        return watch(
+            self._connection,
+            clock=self._clock,
+            reconnect_s=self._reconnect_s,
+            kinds=kinds,
+            resume_token=resume_token,
+        )
+
+
+def policy(name: InFlight) -> common_pb2.InFlightPolicy.ValueType:
+    """The in-flight policy of a word; `default` leaves the choice to the daemon."""
+    word = "UNSPECIFIED" if name == "default" else name.upper()
+    return common_pb2.InFlightPolicy.Value(f"IN_FLIGHT_POLICY_{word}")
+
+
+def new_request_id() -> str:
+    """A request id that nobody has used."""
+    return str(uuid.uuid4())
