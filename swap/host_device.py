@@ -177,12 +177,12 @@ class HostDevice:
             started = self._clock.monotonic()
         try:
             self._memory.copy(destination, source, size_bytes)
+            if self.link_bytes_per_s is not None:
+                self._pace(started, size_bytes / self.link_bytes_per_s)
         finally:
             with self._lock:
                 self._copies.remove(copy)
                 self._copied_bytes += size_bytes
-        if self.link_bytes_per_s is not None:
-            self._pace(started, size_bytes / self.link_bytes_per_s)
 
     def _pace(self, started: float, seconds: float) -> None:
         with self._lock:

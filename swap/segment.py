@@ -88,11 +88,15 @@ class Segment:
     def closed(self) -> bool:
         return self.descriptor < 0
 
+    def detach(self) -> int:
+        """Hand the descriptor over to the caller; the segment counts as closed."""
+        descriptor, self.descriptor = self.descriptor, -1
+        return descriptor
+
     def close(self) -> None:
         """Close the descriptor. Idempotent."""
         if self.descriptor >= 0:
-            descriptor, self.descriptor = self.descriptor, -1
-            os.close(descriptor)
+            os.close(self.detach())
 
     def __enter__(self) -> Segment:
         return self

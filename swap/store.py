@@ -125,7 +125,7 @@ class HostStore:
                 f"a segment of {segment.size_bytes} bytes does not fit in the "
                 f"{reservation.size_bytes} bytes that were reserved for it"
             )
-        manifest = self._put(segment)
+        manifest = self._put(segment.detach())
         reservation.give_up()
         return manifest
 
@@ -135,7 +135,7 @@ class HostStore:
         Its memory is in use whether or not it fits the budget, so it is counted in any case; see
         `trim`. Raises CorruptWeights, with the descriptor closed.
         """
-        return self._put(Segment.adopt(descriptor))
+        return self._put(descriptor)
 
     def trim(self) -> tuple[str, ...]:
         """Evict until the budget is kept, as far as that is possible; returns the digests."""
@@ -147,19 +147,17 @@ class HostStore:
             evicted.append(digest)
         return tuple(evicted)
 
-    def _put(self, segment: Segment) -> Manifest:
-        adopted = Segment.adopt(segment.descriptor)  # checks the seals; closes what has none
+    def _put(self, descriptor: int) -> Manifest:
+        segment = Segment.adopt(descriptor)  # checks the seals; closes what has none
         try:
-            manifest = read_manifest(adopted.descriptor)
+            manifest = read_manifest(segment.descriptor)
         except BaseException:
-            adopted.close()
+            segment.close()
             raise
-        finally:
-            segment.descriptor = -1  # owned here now, or closed
         if manifest.digest in self._images:
-            adopted.close()
+            segment.close()
         else:
-            self._images[manifest.digest] = _Stored(adopted, manifest, 0)
+            self._images[manifest.digest] = _Stored(segment, manifest, 0)
         self.touch(manifest.digest)
         return self._images[manifest.digest].manifest
 

@@ -8,6 +8,7 @@ device, and a gate that waits is always woken: by the layer, a failure or a canc
 
 from __future__ import annotations
 
+import bisect
 import statistics
 import threading
 import time
@@ -19,8 +20,10 @@ from swap.image import Manifest
 from swap.segment import Mapping, Segment
 
 # The rate of a copy is the same from 1 MiB to 1 GiB a call. After each call the thread needs the
-# interpreter's lock, which a busy step loop yields every few milliseconds only: few long calls.
-COPY_BYTES_MAX = 64 << 20
+# interpreter's lock, for which a busy thread lets it wait up to the switch interval (5 ms unless
+# set lower): so calls are few and long, across layers where those are small. It is also what a
+# cancelled transfer finishes first.
+COPY_BYTES_MAX = 32 << 20
 LINK_COPIES = 5
 
 
@@ -57,11 +60,12 @@ class LayerGate:
             assert self._error is not None
             raise self._error
 
-    def land(self) -> None:
-        """The next layer is complete."""
-        with self._changed:
-            self._landed += 1
-            self._changed.notify_all()
+    def land(self, count: int) -> None:
+        """The next `count` layers are complete."""
+        if count:
+            with self._changed:
+                self._landed += count
+                self._changed.notify_all()
 
     def fail(self, error: SwapError) -> None:
         """No further layer will land."""
@@ -128,11 +132,11 @@ class Transfer:
     def _run(self) -> None:
         started = time.monotonic()
         try:
-            for span in self._manifest.layers:
-                self._copy(span.offset_bytes, span.bytes)
-                self._device.synchronize()
-                self._bytes_done = span.offset_bytes + span.bytes
-                self.gate.land()
+            ends = [span.offset_bytes + span.bytes for span in self._manifest.layers]
+            for start in range(0, self.bytes_total, COPY_BYTES_MAX):
+                self._copy(start, min(COPY_BYTES_MAX, self.bytes_total - start))
+                landed = bisect.bisect_right(ends, self._bytes_done)
+                self.gate.land(landed - self.gate.landed_layers)
         except TransferCancelled as error:
             self._end(error)
         except BaseException as error:  # whatever it is, the waiting step loop must hear of it
@@ -146,18 +150,17 @@ class Transfer:
         finally:
             self.seconds = time.monotonic() - started
 
-    def _copy(self, offset: int, count: int) -> None:
-        for start in range(offset, offset + count, COPY_BYTES_MAX):
-            if self._cancelled.is_set():
-                raise TransferCancelled(
-                    f"the transfer of image {self._manifest.digest[:12]} was cancelled after "
-                    f"{self._bytes_done} of {self.bytes_total} bytes",
-                    bytes_done=self._bytes_done,
-                    bytes_total=self.bytes_total,
-                )
-            size = min(COPY_BYTES_MAX, offset + count - start)
-            self._device.copy_in(self._destination + start, self._source + start, size)
-            self._bytes_done = start + size
+    def _copy(self, start: int, count: int) -> None:
+        if self._cancelled.is_set():
+            raise TransferCancelled(
+                f"the transfer of image {self._manifest.digest[:12]} was cancelled after "
+                f"{self._bytes_done} of {self.bytes_total} bytes",
+                bytes_done=self._bytes_done,
+                bytes_total=self.bytes_total,
+            )
+        self._device.copy_in(self._destination + start, self._source + start, count)
+        self._device.synchronize()
+        self._bytes_done = start + count
 
     def _end(self, error: SwapError) -> None:
         try:

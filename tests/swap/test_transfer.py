@@ -1,0 +1,208 @@
+"""Copying layer by layer: what has landed is there, and whoever waits is woken."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import swap.transfer
+from swap.arena import PagePool, Region
+from swap.errors import (
+    DeviceError,
+    DeviceMisuse,
+    InsufficientDeviceMemory,
+    TransferCancelled,
+    TransferFailed,
+)
+from swap.transfer import Transfer, measure_link
+from swap.virtual_memory import view_of
+
+PAGE = 2 << 20
+
+
+@pytest.fixture
+def small_copies(monkeypatch):
+    """One copy call per 4096 bytes, so that images of a few layers take several."""
+    monkeypatch.setattr(swap.transfer, "COPY_BYTES_MAX", 4096)
+
+
+@pytest.fixture
+def stage(make_device, make_image):
+    """A transfer ready to start, over a device with the options given."""
+    opened = []
+
+    def prepare(**options):
+        manifest, segment = make_image()
+        pool = PagePool(make_device(4, **options))
+        region = Region(pool, "weights", manifest.weights_bytes)
+        region.grow(region.pages_max)
+        mapping = segment.map()
+        opened.append(mapping)
+        return Transfer(pool.device, manifest, mapping, region), manifest, mapping, region
+
+    yield prepare
+    for mapping in opened:
+        mapping.close()
+
+
+def test_the_image_arrives_whole(stage, small_copies):
+    transfer, manifest, mapping, region = stage()
+    assert not transfer.complete
+    transfer.start()
+    for span in manifest.layers:
+        transfer.gate.wait(span.layer, 20)
+        landed = bytes(view_of(region.address + span.offset_bytes, span.bytes))
+        assert landed == bytes(mapping.view(span.offset_bytes, span.bytes))
+    transfer.join()
+    assert transfer.complete
+    assert transfer.bytes_done == transfer.bytes_total == manifest.weights_bytes
+    assert transfer.seconds > 0
+    transfer.gate.wait(99)
+
+
+def test_layers_land_one_by_one_in_order(stage, small_copies, stepped_clock):
+    clock = stepped_clock(blocking=True)
+    transfer, manifest, _, _ = stage(link_bytes_per_s=1.0, clock=clock)
+    transfer.start()
+    reached = []
+    copies = manifest.weights_bytes // 4096
+    for copy in range(1, copies + 1):
+        assert clock.asleep.acquire(timeout=20)
+        reached.append((transfer.bytes_done, transfer.gate.landed_layers))
+        if copy == 1:
+            with pytest.raises(TimeoutError, match="layer -1"):
+                transfer.gate.wait(-1, 0.0)
+        clock.step()
+    transfer.join()
+    ends = [span.offset_bytes + span.bytes for span in manifest.layers]
+    assert reached == [
+        (done * 4096, sum(end <= done * 4096 for end in ends)) for done in range(copies)
+    ]
+
+
+def test_waiting_threads_are_woken_by_their_layer(stage, small_copies):
+    transfer, manifest, _, _ = stage()
+    layers = [span.layer for span in manifest.layers] * 4
+    with ThreadPoolExecutor(len(layers)) as threads:
+        waiting = [threads.submit(transfer.gate.wait, layer, 20) for layer in layers]
+        transfer.start()
+        assert [future.result(20) for future in waiting] == [None] * len(layers)
+    transfer.join()
+
+
+def test_a_cancelled_transfer_stops_and_says_how_far_it_came(stage, small_copies, stepped_clock):
+    clock = stepped_clock(blocking=True)
+    transfer, manifest, _, region = stage(link_bytes_per_s=1.0, clock=clock)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(transfer.gate.wait, manifest.layers[-1].layer, 20)
+        transfer.start()
+        assert clock.asleep.acquire(timeout=20)
+        transfer.cancel()
+        clock.step()
+        with pytest.raises(TransferCancelled) as cancelled:
+            transfer.join()
+        with pytest.raises(TransferCancelled):
+            waiting.result(20)
+    assert cancelled.value.metadata == {
+        "bytes_done": "4096",
+        "bytes_total": str(manifest.weights_bytes),
+    }
+    assert not transfer.complete
+    region.release()  # nothing is being copied any more
+
+
+def test_cancelling_what_has_ended_changes_nothing(stage):
+    transfer, *_ = stage()
+    transfer.start()
+    transfer.join()
+    transfer.cancel()
+    transfer.join()
+    assert transfer.complete
+
+
+@pytest.mark.parametrize("broken", ["copy_in", "synchronize"])
+def test_a_failure_wakes_everybody(stage, small_copies, monkeypatch, broken):
+    transfer, manifest, _, region = stage()
+    device, calls = region.pool.device, []
+    real = getattr(device, broken)
+
+    def fail_later(*arguments):
+        calls.append(arguments)
+        if len(calls) > 4:
+            raise DeviceError("the link is down")
+        real(*arguments)
+
+    monkeypatch.setattr(device, broken, fail_later)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(transfer.gate.wait, manifest.layers[-1].layer, 20)
+        transfer.start()
+        with pytest.raises(TransferFailed, match="the link is down") as failed:
+            transfer.join()
+        with pytest.raises(TransferFailed):
+            waiting.result(20)
+    assert isinstance(failed.value.__cause__, DeviceError)
+    assert failed.value.metadata["bytes_done"] == str(4 * 4096)
+    transfer.gate.wait(manifest.layers[0].layer)  # what had landed before stays landed
+
+
+def test_a_region_or_source_that_is_too_small_is_refused(stage):
+    transfer, manifest, mapping, region = stage()
+    region.shrink(1)
+    with pytest.raises(DeviceMisuse, match="0 bytes mapped"):
+        Transfer(region.pool.device, manifest, mapping, region)
+    assert not transfer.complete
+
+
+def test_measuring_the_link_leaves_nothing_behind(make_device):
+    device = make_device(4)
+    pool = PagePool(device)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    assert measure_link(pool, 3 * PAGE - 5) > 1e6
+    assert device.statistics().copied_bytes == 6 * (3 * PAGE - 5)
+    # With less room than asked for, it measures with what there is.
+    held = pool.take("model", 3)
+    assert measure_link(pool, 64 * PAGE) > 1e6
+    pool.give_back("model", held)
+    pool.take("model", 4)
+    with pytest.raises(InsufficientDeviceMemory):
+        measure_link(pool, PAGE)
+    statistics = device.statistics()
+    assert (statistics.pages_mapped, statistics.reservations) == (0, 0)
+    assert pool.owners() == {"model": 4}
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert "hotbay-image" not in Path("/proc/self/maps").read_text()
+
+
+def test_measuring_a_throttled_link_finds_the_throttle(make_device):
+    rate = 400e6
+    found = measure_link(PagePool(make_device(8, link_bytes_per_s=rate)), 8 * PAGE)
+    assert rate * 0.7 < found < rate * 1.05
+
+
+def test_a_swap_reuses_addresses_and_never_copies_what_it_evicts(make_device, make_image):
+    """Two models take turns on a device that holds one; both engines keep their addresses."""
+    manifests = [make_image(seed, elements=(500_000, 200_000, 300_000)) for seed in (1, 2)]
+    pages = -(-manifests[0][0].weights_bytes // PAGE)
+    device = make_device(pages)
+    pool = PagePool(device)
+    regions = [Region(pool, f"engine {index}", pages * PAGE) for index in range(2)]
+    addresses = [region.address for region in regions]
+    for turn in range(10):
+        incoming, outgoing = regions[turn % 2], regions[1 - turn % 2]
+        manifest, segment = manifests[turn % 2]
+        outgoing.shrink(outgoing.mapped_pages)
+        incoming.grow(pages)
+        with segment.map() as mapping:
+            transfer = Transfer(device, manifest, mapping, incoming)
+            transfer.start()
+            transfer.join()
+            expected = bytes(mapping.view(0, manifest.weights_bytes))
+        assert ctypes.string_at(incoming.address, manifest.weights_bytes) == expected
+        assert device.statistics().copied_bytes == (turn + 1) * manifest.weights_bytes
+    assert [region.address for region in regions] == addresses
+    assert threading.active_count() < 5
