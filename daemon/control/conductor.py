@@ -1,0 +1,215 @@
+"""What load, unload, swap, drain and resume mean: from a wish to a plan to an operation.
+
+It owns the rules: which wishes make sense as things stand, which partition a model goes to, what an
+operation claims. It plans on the calling task, without waiting, so that a wish that cannot be met
+is answered at once; `transitions` then carries the plan out. The invariant: an operation is planned
+again, by the same rules, once it holds its claims, since the world may have moved while it stood in
+line.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from daemon.control.errors import Refused
+from daemon.control.failpoints import FailPoint, FailPoints
+from daemon.control.images import Images
+from daemon.control.operations import Handle, Operations, Outcome, Request
+from daemon.control.planning import PartitionView, facts_of, place, plan_move, resident
+from daemon.control.records import Cause, Intent, Kind, Operation, Plan, Result, Stage, Version
+from daemon.control.transitions import Transitions
+from daemon.control.world import World
+from swap.errors import InsufficientDeviceMemory
+
+
+class Conductor:
+    """Turns wishes into operations."""
+
+    def __init__(
+        self,
+        world: World,
+        images: Images,
+        operations: Operations,
+        transitions: Transitions,
+        failpoints: FailPoints,
+    ) -> None:
+        self._world = world
+        self._images = images
+        self._operations = operations
+        self._transitions = transitions
+        self._failpoints = failpoints
+
+    async def submit(
+        self, request: Request, wish: Intent, *, validate_only: bool = False
+    ) -> Operation:
+        """Plan a wish, whose models may be written in any way, and begin it as an operation.
+
+        With `validate_only` the answer is a finished operation without a name that holds the plan.
+        Raises ControlError or SwapError when the wish cannot be met as things stand.
+        """
+        self.admit(wish.cause)
+        if not validate_only:
+            existing = await self._operations.replay(request)
+            if existing is not None:
+                return existing
+        intent, plan = self.prepare(wish)
+        if validate_only:
+            now_s = time.time()
+            return Operation(
+                name="",
+                request_id=request.request_id,
+                method=request.method,
+                request_hash=request.request_hash,
+                intent=intent,
+                created_s=now_s,
+                ended_s=now_s,
+                stage=Stage.PLANNING,
+                plan=plan,
+                message="nothing was changed (validate_only)",
+                result=self._foreseen(intent, plan),
+            )
+        return await self._operations.begin(request, intent, plan, claims(intent), self.run)
+
+    def admit(self, cause: Cause = Cause.API) -> None:
+        """Raises Refused while nothing may be begun."""
+        if self._world.stopping:
+            raise Refused("the daemon is stopping", reason="DAEMON_DRAINING")
+        if not self._world.ready and cause is not Cause.RECOVERY:
+            raise Refused("the daemon is finding out what runs here", reason="RECONCILING")
+
+    async def run(self, handle: Handle) -> Outcome:
+        """Carry an operation out, now that it holds its claims."""
+        await self._failpoints.reach(FailPoint.BEGUN)
+        handle.update(stage=Stage.PLANNING)
+        intent, plan = self.prepare(handle.record.intent)
+        if intent.incoming and plan.incoming and not plan.partition:
+            intent = msgspec.structs.replace(intent, partition="", standby=True)
+        handle.update(plan=plan, message=plan.note)
+        steps = self._transitions
+        if intent.kind in (Kind.LOAD, Kind.SWAP):
+            return await steps.bring(handle, intent, plan)
+        if intent.kind is Kind.UNLOAD:
+            return await steps.take_off(handle, intent)
+        if intent.kind is Kind.DRAIN:
+            return await steps.drain(handle, intent)
+        return await steps.resume(handle, intent)
+
+    # Planning.
+
+    def prepare(self, wish: Intent) -> tuple[Intent, Plan]:
+        """Resolve a wish's models and partition, and plan it."""
+        outgoing = tuple(self._world.registry.resolve(text).key for text in wish.outgoing)
+        incoming = self._world.registry.resolve(wish.incoming).key if wish.incoming else ""
+        intent = msgspec.structs.replace(wish, outgoing=outgoing, incoming=incoming)
+        if intent.kind is Kind.LOAD:
+            return self._prepare_load(intent)
+        if intent.kind is Kind.SWAP:
+            return self._prepare_swap(intent)
+        return self._prepare_other(intent)
+
+    def _prepare_load(self, intent: Intent) -> tuple[Intent, Plan]:
+        world, key = self._world, intent.incoming
+        version = world.registry[key]
+        facts_of(version)
+        placement = world.placements.get(key)
+        if placement is not None and placement.drained and not intent.standby:
+            raise _invalid(f"{key} is drained on {placement.partition}: resume it", key)
+        if key in world.serving or (placement is not None and intent.cause is not Cause.RECOVERY):
+            where = world.serving.get(key) or world.placements[key].partition
+            if intent.partition and intent.partition != where:
+                raise _invalid(
+                    f"{key} is on {where}: unload it there before loading it elsewhere", key
+                )
+            replaced = msgspec.structs.replace(intent, partition=where)
+            return replaced, Plan(partition=where, note=f"{key} is on {where} already")
+        build_bytes, evictions = self._building(version)
+        incoming = resident(version, world.config.worker)
+        if intent.standby:
+            plan = Plan(incoming=key, build_bytes=build_bytes)
+        else:
+            views: list[PartitionView] = (
+                [world.view(intent.partition, key)] if intent.partition else world.views(key)
+            )
+            most = world.config.scheduling.max_active_models
+            plan = place(views, incoming, most, build_bytes)
+            standby = not plan.partition
+            intent = msgspec.structs.replace(intent, partition=plan.partition, standby=standby)
+        return intent, msgspec.structs.replace(plan, host_evictions=evictions)
+
+    def _prepare_swap(self, intent: Intent) -> tuple[Intent, Plan]:
+        world, key = self._world, intent.incoming
+        version = world.registry[key]
+        incoming = resident(version, world.config.worker)
+        if key in world.placements:
+            raise _invalid(f"{key} is on {world.placements[key].partition} already", key)
+        partition = intent.partition
+        for model in intent.outgoing:
+            placement = world.placements.get(model)
+            if placement is None or (partition and placement.partition != partition):
+                state = world.state(world.registry[model])[0]
+                where = f"on {placement.partition}" if placement else f"{state}, on no partition"
+                raise _invalid(
+                    f"{model} is {where}"
+                    + (f", not on {partition}" if placement else f": load {key} instead"),
+                    model,
+                )
+            partition = placement.partition
+        intent = msgspec.structs.replace(intent, partition=partition)
+        build_bytes, evictions = self._building(version)
+        plan = plan_move(world.view(partition), intent.outgoing, incoming, build_bytes)
+        return intent, msgspec.structs.replace(plan, host_evictions=evictions)
+
+    def _prepare_other(self, intent: Intent) -> tuple[Intent, Plan]:
+        world = self._world
+        key = (*intent.outgoing, intent.incoming)[0]
+        placement = world.placements.get(key)
+        partition = placement.partition if placement is not None else ""
+        state = world.state(world.registry[key])[0]
+        if intent.kind is Kind.DRAIN and (placement is None or placement.drained):
+            raise _invalid(f"{key} is {state}: only an ACTIVE model can be drained", key)
+        if intent.kind is Kind.RESUME and (placement is None or not placement.drained):
+            raise _invalid(f"{key} is {state}: only a drained model can be resumed", key)
+        intent = msgspec.structs.replace(intent, partition=partition)
+        plan = Plan(partition=partition, outgoing=intent.outgoing, incoming=intent.incoming)
+        if intent.kind is Kind.UNLOAD and partition:
+            plan = plan_move(world.view(partition), intent.outgoing, None, 0)
+        elif partition:
+            world.worker(partition)
+        return intent, plan
+
+    def _building(self, version: Version) -> tuple[int, tuple[str, ...]]:
+        """Bytes to be read into host memory, and the models whose images would leave for it."""
+        if self._images.present(version):
+            return 0, ()
+        needed = facts_of(version).segment_bytes
+        leaving = self._images.evictions(needed)
+        names = (self._world.registry.of_digest(digest) or [digest[:12]] for digest in leaving)
+        return needed, tuple(key for keys in names for key in keys)
+
+    def fits(self, key: str, partition: str, victims: tuple[str, ...]) -> bool:
+        """Whether a model would fit on a partition once `victims` have left it."""
+        incoming = resident(self._world.registry[key], self._world.config.worker)
+        try:
+            plan_move(self._world.view(partition, key), victims, incoming, 0)
+        except InsufficientDeviceMemory:
+            return False
+        return True
+
+    def _foreseen(self, intent: Intent, plan: Plan) -> Result:
+        model = intent.incoming or (intent.outgoing[0] if intent.outgoing else "")
+        states = {Kind.UNLOAD: "STANDBY", Kind.DRAIN: "STAGED"}
+        state = "STANDBY" if intent.standby else states.get(intent.kind, "ACTIVE")
+        return Result(model, state, plan.partition, plan.note)
+
+
+def claims(intent: Intent) -> tuple[str, ...]:
+    """What an operation holds while it runs."""
+    models = (*intent.outgoing, intent.incoming)
+    claimed = [f"model:{key}" for key in dict.fromkeys(models) if key]
+    return (*([f"partition:{intent.partition}"] if intent.partition else []), *claimed)
+
+
+def _invalid(message: str, key: str) -> Refused:
+    return Refused(message, reason="INVALID_STATE", metadata={"model": key})

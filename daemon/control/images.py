@@ -1,0 +1,274 @@
+"""Images in the host store: built when missing, kept by others too, mapped by workers, dropped.
+
+It owns the way of an image from a checkpoint to every worker and out again; the store itself counts
+bytes, custody keeps copies of descriptors, builders read files. It never puts weights on a device.
+The invariant: whatever fails, host memory, descriptors and reservations are as they were before,
+and an image that an engine needs is never dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Protocol
+
+from daemon.control.errors import ControlError, Refused
+from daemon.control.failpoints import FailPoint, FailPoints
+from daemon.control.failures import Failed
+from daemon.control.operations import Handle
+from daemon.control.planning import facts_of
+from daemon.control.records import Failure, Stage, Version
+from daemon.control.worker_client import WorkerClient
+from daemon.control.world import World
+from engine.link.build import Inspected
+from engine.link.errors import LinkError
+from swap.errors import CorruptWeights, SwapError
+from swap.segment import Segment
+
+log = logging.getLogger(__name__)
+
+
+class ImageBuilder(Protocol):
+    """One image builder process."""
+
+    async def inspect(self, directory: Path, dtype: str) -> Inspected: ...
+    async def build(self, descriptor: int, on_progress: Callable[[int, int], None]) -> str: ...
+
+
+class Keepers(Protocol):
+    """Who else holds the descriptors; custody."""
+
+    async def keep(self, digest: str, descriptor: int) -> None: ...
+    async def drop(self, digest: str) -> None: ...
+
+
+Builders = Callable[[], AbstractAsyncContextManager[ImageBuilder]]
+
+
+def holder(partition: str) -> str:
+    """How the store names a worker that maps an image."""
+    return f"worker:{partition}"
+
+
+class Images:
+    """Brings images into memory and workers, and out of them."""
+
+    def __init__(
+        self, world: World, builders: Builders, custody: Keepers, failpoints: FailPoints
+    ) -> None:
+        self._world = world
+        self._builders = builders
+        self._custody = custody
+        self._failpoints = failpoints
+        self._in_use: dict[str, int] = {}
+        self._spread = asyncio.Event()
+        # Held while images are mapped in the background, and while others are made to leave.
+        self._mapping = asyncio.Lock()
+
+    # In.
+
+    def present(self, version: Version) -> bool:
+        return bool(version.digest) and version.digest in self._world.store
+
+    async def ensure(self, version: Version, handle: Handle) -> tuple[str, bool]:
+        """The digest of a version's image, built if it is not in the store; and whether it was.
+
+        Raises ControlError or SwapError; nothing is kept of a build that failed.
+        """
+        if self.present(version):
+            self._world.store.touch(version.digest)
+            return version.digest, False
+        facts = facts_of(version)
+        handle.update(stage=Stage.BUILDING, bytes_done=0, bytes_total=facts.weights_bytes)
+        store = self._world.store
+        async with self._mapping:
+            for digest in self.evictions(facts.segment_bytes):
+                await self._detach(digest)
+            reservation = store.reserve(facts.segment_bytes)
+        segment: Segment | None = None
+        try:
+            for evicted in reservation.evicted:
+                await self._custody.drop(evicted)
+            await self._failpoints.reach(FailPoint.RESERVED)
+            async with self._builders() as builder:
+                directory = Path(version.directory)
+                told = await builder.inspect(directory, self._world.config.worker.dtype)
+                if told.segment_bytes != facts.segment_bytes:
+                    raise Failed(_changed(version, facts.segment_bytes, told.segment_bytes))
+                segment = Segment.create(facts.segment_bytes, version.key)
+                digest = await builder.build(
+                    segment.descriptor,
+                    lambda done, total: handle.update(bytes_done=done, bytes_total=total),
+                )
+            await self._failpoints.reach(FailPoint.BUILT)
+            held, segment = segment, None  # the store owns it from here on, or closes it
+            manifest = store.commit(reservation, held)
+        finally:
+            reservation.give_up()
+            if segment is not None:
+                segment.close()
+        if manifest.digest != digest:
+            store.drop(manifest.digest)
+            raise CorruptWeights(
+                f"the image of {version.key} says it is {manifest.digest[:12]}, and its builder "
+                f"says {digest[:12]}: build it again"
+            )
+        await self._custody.keep(digest, store.descriptor(digest))
+        await self._failpoints.reach(FailPoint.STORED)
+        return digest, True
+
+    async def attach(self, digest: str, client: WorkerClient) -> None:
+        """Have a worker map an image, unless it does already."""
+        store = self._world.store
+        store.acquire(digest, holder(client.partition))
+        if digest in client.state.images:
+            return
+        try:
+            await client.attach(digest, store.descriptor(digest))
+        except BaseException:
+            if digest not in client.state.images:
+                store.release(digest, holder(client.partition))
+            raise
+
+    def spread_soon(self) -> None:
+        """Have every worker map every image, in the background."""
+        self._spread.set()
+
+    async def spread(self) -> None:
+        """Map images wherever they are not mapped yet, for ever: a swap must not wait for it."""
+        while True:
+            await self._spread.wait()
+            self._spread.clear()
+            for client in list(self._world.processes.workers.values()):
+                for image in self._world.store.images():
+                    if holder(client.partition) in image.holders or client.closed:
+                        continue
+                    try:
+                        async with self._mapping:
+                            if image.digest in self._world.store:
+                                await self.attach(image.digest, client)
+                    except (ControlError, LinkError) as error:
+                        log.warning("%s does not map an image: %s", client.partition, error)
+
+    # Out.
+
+    def use(self, digest: str) -> None:
+        """Keep an image while an operation needs it; `unuse` when it does no longer."""
+        self._in_use[digest] = self._in_use.get(digest, 0) + 1
+
+    def unuse(self, digest: str) -> None:
+        self._in_use[digest] -= 1
+        if not self._in_use[digest]:
+            del self._in_use[digest]
+
+    async def drop(self, digest: str) -> None:
+        """Take an image out of every worker, every keeper and the store.
+
+        Raises CallRefused or ImageInUse when somebody needs it; it then stays in the store.
+        """
+        store = self._world.store
+        async with self._mapping:
+            await self._detach(digest)
+            store.drop(digest)
+        await self._custody.drop(digest)
+
+    async def discard(self, digest: str) -> None:
+        """`drop`, for cleaning up: what cannot be dropped stays, and is the store's to evict."""
+        try:
+            await self.drop(digest)
+        except (ControlError, LinkError, SwapError) as error:
+            log.warning("image %s stays: %s", digest[:12], error)
+
+    def evictions(self, needed_bytes: int) -> list[str]:
+        """Digests that would leave to make room for a new image, oldest first.
+
+        Raises Refused (INSUFFICIENT_HOST_MEMORY) with the figure that would have to change.
+        """
+        store = self._world.store
+        needed_by = self._world.images_on_devices() | set(self._in_use)
+        needed_by |= {
+            version.digest
+            for key in self._world.placements
+            if (version := self._world.registry.get(key)) is not None
+        }
+        excess = store.used_bytes + needed_bytes - store.budget_bytes
+        leaving: list[str] = []
+        evictable_bytes = 0
+        for image in store.images():
+            only_workers = all(name.startswith("worker:") for name in image.holders)
+            if image.pinned or image.digest in needed_by or not only_workers:
+                continue
+            if evictable_bytes < excess:
+                leaving.append(image.digest)
+            evictable_bytes += image.size_bytes
+        if excess > evictable_bytes:
+            raise Refused(
+                f"an image needs {needed_bytes} bytes of host memory; of the budget of "
+                f"{store.budget_bytes} (host_store.budget_bytes), {store.free_bytes} are free and "
+                f"{evictable_bytes} can be evicted: raise the budget by "
+                f"{excess - evictable_bytes} bytes, or unload other models",
+                reason="INSUFFICIENT_HOST_MEMORY",
+                metadata={
+                    "needed_bytes": str(needed_bytes),
+                    "free_bytes": str(store.free_bytes),
+                    "evictable_bytes": str(evictable_bytes),
+                    "budget_bytes": str(store.budget_bytes),
+                },
+            )
+        return leaving
+
+    async def _detach(self, digest: str) -> None:
+        held_by = {
+            name
+            for image in self._world.store.images()
+            if image.digest == digest
+            for name in image.holders
+        }
+        for client in list(self._world.processes.workers.values()):
+            if holder(client.partition) in held_by:
+                await client.detach(digest)
+                self._world.store.release(digest, holder(client.partition))
+
+    # Coming and going of processes.
+
+    def worker_up(self, client: WorkerClient) -> None:
+        """Note what a worker maps already."""
+        for digest in client.state.images:
+            if digest in self._world.store:
+                self._world.store.acquire(digest, holder(client.partition))
+        self.spread_soon()
+
+    def worker_down(self, partition: str) -> None:
+        self._world.store.release_all(holder(partition))
+
+    async def keep_all(self) -> None:
+        """Give copies of every descriptor away again, to a keeper that is new."""
+        for image in self._world.store.images():
+            if image.digest in self._world.store:
+                await self._custody.keep(image.digest, self._world.store.descriptor(image.digest))
+
+    def adopt(self, found: dict[str, int]) -> list[str]:
+        """Take in what survived elsewhere; returns digests to be dropped there, being unusable."""
+        bad = []
+        for digest, descriptor in found.items():
+            try:
+                manifest = self._world.store.adopt(descriptor)
+            except CorruptWeights as error:
+                log.warning("the image kept as %s is unusable: %s", digest[:12], error)
+                bad.append(digest)
+                continue
+            if manifest.digest != digest:
+                log.warning("the image kept as %s is %s", digest[:12], manifest.digest[:12])
+        return bad
+
+
+def _changed(version: Version, before: int, now: int) -> Failure:
+    return Failure(
+        "CHECKPOINT_INVALID",
+        f"{version.directory} has changed since it was registered (its image took {before} bytes "
+        f"and would take {now}): register it as a new version",
+        {"model": version.key, "directory": version.directory},
+    )

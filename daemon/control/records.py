@@ -1,0 +1,173 @@
+"""What the journal keeps, as frozen values: versions, labels, placements, operations.
+
+These are the nouns of the control plane; every other module speaks in them. The module never
+touches a database, a link or the API's messages. The invariant: a record says what was meant and
+what was decided, never what a process or a GPU reports now.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from engine.link.control import InFlight, Ledger
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why something failed: a reason of the catalogue, a sentence, and the figures in it."""
+
+    reason: str
+    message: str
+    metadata: dict[str, str] = {}
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What inspecting a checkpoint told; see engine.link.build.Inspected."""
+
+    family: str
+    parameters: int
+    vocabulary: int
+    layers: int
+    context_tokens: int
+    checkpoint_bytes: int
+    segment_bytes: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+
+
+class Version(msgspec.Struct, frozen=True):
+    """One version of a model. Without `facts` there is a `failure` that says why."""
+
+    name: str
+    version: int
+    directory: str
+    source: str
+    """`repository` or `api`."""
+    created_s: float
+    fingerprint: str
+    """Of the checkpoint's files and of how they are read; another one voids facts and digest."""
+    facts: Facts | None = None
+    failure: Failure | None = None
+    digest: str = ""
+    """Of its image, once one was built."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class Label(msgspec.Struct, frozen=True):
+    """A name that points to a version."""
+
+    model: str
+    label: str
+    version: int
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """That a model is meant to be on a partition; `drained` means by request, until resumed."""
+
+    model: str
+    partition: str
+    drained: bool = False
+
+
+class Stage(StrEnum):
+    """Where an operation stands; the names of the API's OperationStage."""
+
+    QUEUED = "QUEUED"
+    PLANNING = "PLANNING"
+    BUILDING = "BUILDING"
+    ATTACHING = "ATTACHING"
+    DRAINING = "DRAINING"
+    EVICTING = "EVICTING"
+    COPYING = "COPYING"
+    VERIFYING = "VERIFYING"
+    COMMITTED = "COMMITTED"
+    ROLLING_BACK = "ROLLING_BACK"
+    ROLLED_BACK = "ROLLED_BACK"
+
+
+class Kind(StrEnum):
+    """What an operation does."""
+
+    LOAD = "load"
+    UNLOAD = "unload"
+    SWAP = "swap"
+    DRAIN = "drain"
+    RESUME = "resume"
+    REGISTER = "register"
+
+
+class Cause(StrEnum):
+    """What brought an operation about."""
+
+    API = "api"
+    DEMAND = "demand"
+    RECOVERY = "recovery"
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What an operation is going to do, as foreseen."""
+
+    partition: str = ""
+    outgoing: tuple[str, ...] = ()
+    incoming: str = ""
+    copy_bytes: int = 0
+    evict_bytes: int = 0
+    build_bytes: int = 0
+    host_evictions: tuple[str, ...] = ()
+    device_bytes_needed: int = 0
+    device_bytes_available: int = 0
+    predicted_ms: float = 0.0
+    note: str = ""
+    """For instance why a load stops at STANDBY."""
+
+
+class Intent(msgspec.Struct, frozen=True):
+    """What was asked for, resolved to keys; enough to tell after a restart what was under way."""
+
+    kind: Kind
+    cause: Cause = Cause.API
+    partition: str = ""
+    outgoing: tuple[str, ...] = ()
+    incoming: str = ""
+    in_flight: InFlight = InFlight.DRAIN
+    drain_timeout_s: float = 0.0
+    standby: bool = False
+    evict: bool = False
+
+
+class Result(msgspec.Struct, frozen=True):
+    """How an operation succeeded."""
+
+    model: str
+    state: str
+    partition: str = ""
+    message: str = ""
+    ledger: Ledger | None = None
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """A long-running call. It is done when it has a result or a failure."""
+
+    name: str
+    request_id: str
+    method: str
+    request_hash: str
+    intent: Intent
+    created_s: float
+    stage: Stage = Stage.QUEUED
+    plan: Plan = Plan()
+    bytes_done: int = 0
+    bytes_total: int = 0
+    requests_left: int = 0
+    message: str = ""
+    ended_s: float = 0.0
+    result: Result | None = None
+    failure: Failure | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None or self.failure is not None

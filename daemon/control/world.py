@@ -1,0 +1,196 @@
+"""What hotbayd believes of its node: partitions, models, who is placed and who serves where.
+
+It owns the memory that all other parts share, and answers questions about it; it never waits and
+never talks to a process. `placements` is what is meant and journalled; `serving` is what the
+gateway is told. The invariant: a model in `serving` is ACTIVE on that partition, or its weights are
+landing there and its worker takes requests for it; it is taken out before that ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from daemon.control.config import Config
+from daemon.control.errors import Refused
+from daemon.control.planning import PartitionView, resident
+from daemon.control.processes import ProcessInfo
+from daemon.control.records import Failure, Placement, Version
+from daemon.control.registry import Registry
+from daemon.control.worker_client import WorkerClient
+from engine.link.control import EngineState, EngineStatus
+from engine.link.routes import ModelDemand, WorkerAddress
+from partitioner.gpu import Gpu
+from partitioner.partition import Partition
+from swap.store import HostStore
+
+ON_DEVICE = frozenset({EngineStatus.ACTIVE, EngineStatus.DRAINING, EngineStatus.STAGED})
+LINK_BYTES_PER_S_UNMEASURED = 10e9
+
+
+class Processes(Protocol):
+    """The running processes; the fleet."""
+
+    @property
+    def workers(self) -> Mapping[str, WorkerClient]: ...
+    def failure(self, partition: str) -> str: ...
+    def addresses(self) -> tuple[WorkerAddress, ...]: ...
+    def processes(self) -> list[ProcessInfo]: ...
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Requests for a model are refused until then (monotonic), since it could not be brought up."""
+
+    failure: Failure
+    until_s: float
+
+
+class World:
+    """See the module's text. Not thread-safe: for the daemon's event loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        store: HostStore,
+        partitions: tuple[Partition, ...],
+        gpus: tuple[Gpu, ...],
+    ) -> None:
+        self.config = config
+        self.registry = registry
+        self.store = store
+        self.partitions = {each.id: each for each in partitions}
+        self.gpus = gpus
+        self.processes: Processes
+        self.ready = False
+        self.stopping = False
+        self.warnings: list[str] = []
+        self.placements: dict[str, Placement] = {}
+        self.serving: dict[str, str] = {}
+        self.active_since_s: dict[str, float] = {}
+        self.refusals: dict[str, Refusal] = {}
+        self.held: dict[str, ModelDemand] = {}
+        self.overhead_ms: dict[str, float] = {}
+
+    # Workers.
+
+    def worker(self, partition: str) -> WorkerClient:
+        """A partition's connected worker. Raises Refused (…_NOT_FOUND, WORKER_UNAVAILABLE)."""
+        if partition not in self.partitions:
+            raise Refused(
+                f"there is no partition {partition!r}; there are {', '.join(self.partitions)}",
+                reason="PARTITION_NOT_FOUND",
+                metadata={"partition": partition},
+            )
+        client = self.processes.workers.get(partition)
+        if client is None:
+            why = self.processes.failure(partition) or "it is being started"
+            raise Refused(
+                f"the worker of {partition} is not up: {why}",
+                reason="WORKER_UNAVAILABLE",
+                metadata={"partition": partition},
+            )
+        return client
+
+    def engine(self, key: str, partition: str = "") -> EngineState | None:
+        """What a worker says of a model; empty `partition`: where it is placed."""
+        if not partition and key in self.placements:
+            partition = self.placements[key].partition
+        client = self.processes.workers.get(partition)
+        if client is None:
+            return None
+        return next((each for each in client.state.engines if each.model == key), None)
+
+    def images_on_devices(self) -> set[str]:
+        """Digests that some worker's engine still needs: on the device, or with requests kept."""
+        return {
+            engine.digest
+            for client in self.processes.workers.values()
+            for engine in client.state.engines
+            if engine.status in ON_DEVICE or engine.running or engine.waiting
+        }
+
+    # Models.
+
+    def residents(self, partition: str) -> list[str]:
+        """Keys of the models that are meant to be on a partition."""
+        return [key for key, each in self.placements.items() if each.partition == partition]
+
+    def view(self, partition: str, without: str = "") -> PartitionView:
+        """A partition as plans see it, as if `without` were not there.
+
+        Raises Refused when its worker is not up.
+        """
+        state = self.worker(partition).state
+        keys = set(self.residents(partition))
+        keys |= {each.model for each in state.engines if each.status in ON_DEVICE}
+        keys.discard(without)
+        versions = [self.registry.get(key) for key in sorted(keys)]
+        return PartitionView(
+            id=partition,
+            page_bytes=state.page_bytes,
+            pages_total=state.pages_total,
+            link_bytes_per_s=state.link_bytes_per_s or LINK_BYTES_PER_S_UNMEASURED,
+            residents=tuple(
+                resident(each, self.config.worker)
+                for each in versions
+                if each is not None and each.facts is not None and each.failure is None
+            ),
+            overhead_ms=self.overhead_ms.get(partition, 0.0),
+        )
+
+    def views(self, without: str = "") -> list[PartitionView]:
+        """Every partition whose worker is up."""
+        return [self.view(partition, without) for partition in self.processes.workers]
+
+    def state(self, version: Version) -> tuple[str, str, str]:
+        """A version's state, the reason for it if there is one, and its partition."""
+        placement = self.placements.get(version.key)
+        if version.key in self.serving:
+            state = "ACTIVE" if placement is not None else "STAGED"
+            return state, "", self.serving[version.key]
+        if placement is not None:
+            engine = self.engine(version.key)
+            if engine is not None and engine.status is not EngineStatus.ACTIVE:
+                return engine.status.value, engine.reason, placement.partition
+            return "STANDBY", "", placement.partition
+        if version.digest and version.digest in self.store:
+            return "STANDBY", "", ""
+        if version.failure is not None:
+            return "FAILED", version.failure.message, ""
+        return "COLD", "", ""
+
+    # Who serves.
+
+    def serve(self, key: str, partition: str) -> None:
+        """From now on the gateway may be told to send requests there."""
+        self.serving[key] = partition
+        self.refusals.pop(key, None)
+
+    def withhold(self, key: str) -> None:
+        """From now on the gateway is told to hold a model's requests."""
+        self.serving.pop(key, None)
+
+    def placed(self, placement: Placement) -> None:
+        """A model is on a partition to stay."""
+        before = self.placements.get(placement.model)
+        self.placements[placement.model] = placement
+        if before is None or before.partition != placement.partition or before.drained:
+            self.active_since_s[placement.model] = time.monotonic()
+
+    def displaced(self, key: str) -> None:
+        """A model is on no partition any more."""
+        self.withhold(key)
+        self.placements.pop(key, None)
+        self.active_since_s.pop(key, None)
+
+    def refusal(self, key: str) -> Failure | None:
+        """Why requests for a model are refused for now."""
+        found = self.refusals.get(key)
+        if found is not None and found.until_s <= time.monotonic():
+            del self.refusals[key]
+            return None
+        return found.failure if found is not None else None
