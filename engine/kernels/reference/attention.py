@@ -1,0 +1,197 @@
+"""Causal attention over paged keys and values in torch, batched over sequences.
+
+Owns how a step's spans are grouped and computed: no loop goes over tokens, and one over groups of
+sequences, padded to one shape, is all there is besides the layers. Keys and values are gathered
+from their pages by one index each. Invariant: slots that were never written have weight zero and
+hold finite numbers, so they change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as functional
+
+from engine.kernels.protocol import Span
+from engine.kernels.reference.grouping import group_runs
+from engine.kernels.reference.paged_kv import PagedKv
+from engine.kernels.reference.rotary import Angles
+
+Index = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Spans that attend together, as sequences of `queries` queries and `slots` keys each."""
+
+    tokens: slice
+    """Their tokens in the step."""
+    sequences: int
+    queries: int
+    slots: int
+    gather: torch.Tensor
+    """Rows of keys and values, as `PagedKv.gather_index` orders them."""
+    mask: torch.Tensor
+    """0 where a query sees a key and -inf elsewhere: [sequences, queries, slots]; for decodes it
+    is repeated for each head, [sequences * kv_heads, 1, slots]."""
+    padded: torch.Tensor | None = None
+    """Token of each padded query, [sequences * queries]; None when nothing is padded."""
+    unpadded: torch.Tensor | None = None
+    """Padded query of each token, [tokens]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all layers of a step share."""
+
+    angles: Angles
+    write: torch.Tensor
+    groups: tuple[Group, ...]
+
+
+def make_groups(kv: PagedKv, spans: Sequence[Span], dtype: torch.dtype) -> tuple[Group, ...]:
+    """Group spans that lie one after the other in the step's tokens."""
+    slots = kv.layout.block_tokens
+    shapes = [(span.count, -(-(span.start + span.count) // slots)) for span in spans]
+    groups = []
+    first_token = 0
+    for run in group_runs(shapes):
+        members = spans[run]
+        group = _group(kv, members, shapes[run], first_token, dtype)
+        groups.append(group)
+        first_token = group.tokens.stop
+    return tuple(groups)
+
+
+def write_index(kv: PagedKv, spans: Sequence[Span], positions: Index) -> torch.Tensor:
+    """Where the step's keys and values go: cells in the order [token, K and V, head, cell]."""
+    slots = kv.layout.block_tokens
+    counts = [span.count for span in spans]
+    if len(positions) == len(spans):
+        blocks = np.array([span.blocks[span.start // slots] for span in spans], dtype=np.int64)
+        return kv.write_index(blocks, positions % slots)
+    longest = max(-(-(span.start + span.count) // slots) for span in spans)
+    tables = _tables(spans, longest)
+    sequence = np.repeat(np.arange(len(spans)), counts)
+    return kv.write_index(tables[sequence, positions // slots], positions % slots)
+
+
+def entered_blocks(spans: Sequence[Span], slots: int) -> list[int]:
+    """Blocks that the step enters without filling them: the last of a span, at most."""
+    entered = []
+    for span in spans:
+        end = span.start + span.count
+        if end % slots and end // slots * slots >= span.start:
+            entered.append(span.blocks[end // slots])
+    return entered
+
+
+class Gathering:
+    """Attention over gathered keys and values, with buffers that are kept between steps."""
+
+    def __init__(self, kv: PagedKv, heads: int) -> None:
+        self._kv = kv
+        self._heads = heads
+        self._scale = kv.layout.head_dim**-0.5
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def attend(self, layer: int, queries: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """[tokens, heads, head_dim] to [tokens, heads * head_dim]."""
+        parts = []
+        for group in plan.groups:
+            keys, values = self._gather(layer, group)
+            own = queries[group.tokens]
+            compute = self._decode if group.queries == 1 else self._prefill
+            parts.append(compute(own, keys, values, group))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gather(self, layer: int, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, width = group.gather.numel(), self._kv.row
+        if self._buffers is None or self._buffers[0].numel() < rows * width:
+            size = 1 << (rows * width - 1).bit_length()
+            dtype = self._kv.keys[layer].dtype
+            self._buffers = (torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype))
+        keys, values = (buffer[: rows * width].view(rows, width) for buffer in self._buffers)
+        torch.index_select(self._kv.keys[layer], 0, group.gather, out=keys)
+        torch.index_select(self._kv.values[layer], 0, group.gather, out=values)
+        return keys, values
+
+    def _decode(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: Group
+    ) -> torch.Tensor:
+        """One query each: the query heads of a key head are the rows of one small product."""
+        heads, dim = self._kv.layout.kv_heads, self._kv.layout.head_dim
+        pairs = group.sequences * heads
+        rows = queries.reshape(pairs, self._heads // heads, dim)
+        keys = keys.view(pairs, group.slots, dim)
+        values = values.view(pairs, group.slots, dim)
+        scores = torch.baddbmm(group.mask, rows, keys.transpose(1, 2), alpha=self._scale)
+        attended = torch.bmm(torch.softmax(scores, dim=-1), values)
+        return attended.view(group.sequences, self._heads * dim)
+
+    def _prefill(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: Group
+    ) -> torch.Tensor:
+        heads, dim = self._kv.layout.kv_heads, self._kv.layout.head_dim
+        if group.padded is not None:
+            queries = queries[group.padded]
+        attended = functional.scaled_dot_product_attention(
+            queries.view(group.sequences, group.queries, self._heads, dim).transpose(1, 2),
+            keys.view(group.sequences, heads, group.slots, dim),
+            values.view(group.sequences, heads, group.slots, dim),
+            attn_mask=group.mask[:, None],
+            scale=self._scale,
+            enable_gqa=self._heads != heads,
+        )
+        rows = attended.transpose(1, 2).reshape(-1, self._heads * dim)
+        return rows if group.unpadded is None else rows[group.unpadded]
+
+
+def _group(
+    kv: PagedKv,
+    spans: Sequence[Span],
+    shapes: Sequence[tuple[int, int]],
+    first_token: int,
+    dtype: torch.dtype,
+) -> Group:
+    counts = np.array([span.count for span in spans])
+    starts = np.array([span.start for span in spans])
+    queries, blocks = int(counts.max()), max(count for _, count in shapes)
+    slots = blocks * kv.layout.block_tokens
+    # A padded query looks where the last real one does; its result is dropped.
+    offsets = np.minimum(np.arange(queries), counts[:, None] - 1)
+    hidden = np.arange(slots) > (starts[:, None] + offsets)[:, :, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype)
+    mask.masked_fill_(torch.from_numpy(hidden), float("-inf"))
+    if queries == 1:
+        mask = mask.repeat_interleave(kv.layout.kv_heads, dim=0)
+    padded = unpadded = None
+    if queries > 1 and counts.min() != queries:
+        firsts = np.cumsum(counts) - counts
+        padded = torch.from_numpy((firsts[:, None] + offsets).reshape(-1))
+        real = np.arange(queries) < counts[:, None]
+        unpadded = torch.from_numpy(np.flatnonzero(real))
+    return Group(
+        tokens=slice(first_token, first_token + int(counts.sum())),
+        sequences=len(spans),
+        queries=queries,
+        slots=slots,
+        gather=kv.gather_index(_tables(spans, blocks)),
+        mask=mask,
+        padded=padded,
+        unpadded=unpadded,
+    )
+
+
+def _tables(spans: Sequence[Span], blocks: int) -> Index:
+    """Block tables cut and padded to `blocks`; padding repeats a sequence's own first block."""
+    tables = np.empty((len(spans), blocks), dtype=np.int64)
+    for row, span in zip(tables, spans, strict=True):
+        own = span.blocks[:blocks]
+        row[: len(own)] = own
+        row[len(own) :] = own[0]
+    return tables

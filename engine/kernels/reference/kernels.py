@@ -1,0 +1,78 @@
+"""The torch operations of one engine behind the Protocol that models call.
+
+Owns the composition of the reference's parts and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.kernels.protocol import NormWeights, Span
+from engine.kernels.reference import dense
+from engine.kernels.reference.attention import (
+    Gathering,
+    Plan,
+    entered_blocks,
+    make_groups,
+    write_index,
+)
+from engine.kernels.reference.paged_kv import PagedKv
+from engine.kernels.reference.rotary import angles, frequencies, rotate
+from engine.kv_layout import KvLayout
+from engine.models.spec import ModelSpec
+
+
+class ReferenceKernels:
+    """See `engine.kernels.protocol.Kernels`; `memory` is the KV memory as uint8."""
+
+    def __init__(self, spec: ModelSpec, layout: KvLayout, memory: torch.Tensor) -> None:
+        self._spec = spec
+        self._dtype: torch.dtype = getattr(torch, layout.dtype)
+        self._kv = PagedKv(layout, memory)
+        self._attention = Gathering(self._kv, spec.heads)
+        self._frequencies = frequencies(spec.rope, spec.head_dim)
+        self._linear = dense.choose_linear(self._dtype)
+
+    def plan(self, spans: Sequence[Span], positions: torch.Tensor) -> Plan:
+        self._kv.clear(entered_blocks(spans, self._kv.layout.block_tokens))
+        return Plan(
+            angles=angles(positions, self._frequencies, self._dtype),
+            write=write_index(self._kv, spans, positions.numpy()),
+            groups=make_groups(self._kv, spans, self._dtype),
+        )
+
+    def linear(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._linear(rows, weight, bias)
+
+    def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return dense.gated_activation(gate_up)
+
+    def add_rms_norm(
+        self, rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
+        return dense.rms_norm(residual.add_(rows), weight, epsilon)
+
+    def rotate_and_store(
+        self, layer: int, qkv: torch.Tensor, norms: NormWeights | None, epsilon: float, plan: Plan
+    ) -> torch.Tensor:
+        spec = self._spec
+        heads = qkv.view(len(qkv), spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        turned, values = heads[:, : -spec.kv_heads], heads[:, -spec.kv_heads :]
+        if norms is not None:
+            query, key = turned[:, : spec.heads], turned[:, spec.heads :]
+            turned = torch.cat(
+                (dense.rms_norm(query, norms[0], epsilon), dense.rms_norm(key, norms[1], epsilon)),
+                dim=1,
+            )
+        turned = rotate(turned, plan.angles)
+        stored = torch.cat((turned[:, spec.heads :], values), dim=1)
+        cells = self._kv.cells[layer]
+        cells.index_copy_(0, plan.write, stored.view(-1, cells.shape[1]))
+        return turned[:, : spec.heads]
+
+    def attend(self, layer: int, queries: torch.Tensor, plan: Plan) -> torch.Tensor:
+        return self._attention.attend(layer, queries, plan)

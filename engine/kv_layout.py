@@ -1,0 +1,88 @@
+"""Where keys and values lie inside a page of KV memory.
+
+Owns the arithmetic of blocks and pages; it never holds memory and never imports torch. A page holds
+all layers of a run of blocks, as [layer][K, V][block][head][slot][dim], so that a page passes whole
+between weights and KV and between models. Invariant: a block lies in one page, and block number
+`n` is block `n % blocks_per_page` of page `n // blocks_per_page`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import BlockTooLarge
+from engine.models.spec import DTYPE_BYTES, ModelSpec
+
+BLOCK_TOKENS_MAX = 32
+"""Small blocks share more prefixes and waste less; large ones make shorter tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """The shape of a page. Sizes in elements unless the name says bytes."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    block_tokens: int
+    page_bytes: int
+
+    @classmethod
+    def choose(cls, spec: ModelSpec, dtype: str, page_bytes: int) -> KvLayout:
+        """The largest block, a power of two of tokens, that fits a page.
+
+        Raises BlockTooLarge when not even one token does.
+        """
+        token_bytes = spec.kv_bytes_per_token(dtype)
+        block_tokens = BLOCK_TOKENS_MAX
+        while block_tokens > 1 and block_tokens * token_bytes > page_bytes:
+            block_tokens //= 2
+        if token_bytes > page_bytes:
+            raise BlockTooLarge(
+                f"the keys and values of one token take {token_bytes} bytes over all layers, and "
+                f"a page has {page_bytes}: set a page size of at least {token_bytes} bytes",
+                token_bytes=token_bytes,
+                page_bytes=page_bytes,
+            )
+        return cls(
+            layers=spec.layers,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            dtype=dtype,
+            block_tokens=block_tokens,
+            page_bytes=page_bytes,
+        )
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def page_elements(self) -> int:
+        """Elements of a page, those that no block uses included."""
+        return self.page_bytes // self.item_bytes
+
+    @property
+    def tile_elements(self) -> int:
+        """Elements of one head's slots in a block: [slot][dim], contiguous."""
+        return self.block_tokens * self.head_dim
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        return 2 * self.layers * self.kv_heads * self.tile_elements * self.item_bytes
+
+    @property
+    def blocks_per_page(self) -> int:
+        """Whole blocks in a page."""
+        return self.page_bytes // self.block_bytes
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens of one sequence."""
+        return -(-tokens // self.block_tokens)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` tokens of one sequence."""
+        return -(-self.blocks_for(tokens) // self.blocks_per_page)

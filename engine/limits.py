@@ -1,0 +1,36 @@
+"""The limits of one engine, validated once at start.
+
+Owns the numbers and their ranges. Invariant: an `EngineLimits` that exists lets every running
+request decode in every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CONTEXT_TOKENS_MAX = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Limits of one engine. Raises ValueError when one is out of its range."""
+
+    context_tokens: int
+    """Longest prompt and output together of one request."""
+    running_requests_max: int = 64
+    waiting_requests_max: int = 4096
+    step_tokens: int = 512
+    """Tokens of prompts and decodes that one step computes at most."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "context_tokens": (2, CONTEXT_TOKENS_MAX),
+            "running_requests_max": (1, 1 << 16),
+            "waiting_requests_max": (1, 1 << 20),
+            # Each running request may need one token of the budget to decode.
+            "step_tokens": (self.running_requests_max, 1 << 20),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}; it must be from {low} to {high}")

@@ -1,0 +1,176 @@
+"""What the next step computes: decodes, chunks of prompts, and who has to wait.
+
+Owns the waiting and the running requests and their blocks. It never imports torch and never draws a
+token. One token budget covers decodes and prompt chunks alike; decodes come first, then prompts
+in order of rank (priority, then arrival). When blocks run out, the newest request of the lowest
+priority goes back to waiting with its tokens and computes them again later.
+
+Invariants: a request is waiting, or running with blocks for all of its tokens, or gone with none;
+a step never exceeds its budget; the waiting request of the best rank is never overtaken, so that
+within a priority nobody starves.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+from engine.block_pool import BlockPool
+from engine.limits import EngineLimits
+from engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start` to `start + count` of a request, computed in one step."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """The request's tokens that are computed afterwards."""
+        return self.start + self.count
+
+    @property
+    def draws(self) -> bool:
+        """Whether the chunk ends with the last token, so that the next one can be drawn."""
+        return self.end == len(self.request.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: chunks to compute, and requests that cannot be run at all for want of blocks."""
+
+    chunks: tuple[Chunk, ...]
+    exhausted: tuple[Request, ...] = ()
+
+
+class Scheduler:
+    """Decides each step of one engine. Not thread-safe."""
+
+    def __init__(self, limits: EngineLimits, pool: BlockPool, block_tokens: int) -> None:
+        self._limits = limits
+        self._pool = pool
+        self._block_tokens = block_tokens
+        self.running: list[Request] = []
+        """Best rank first."""
+        self.waiting: list[Request] = []
+        """Best rank first."""
+        self.preemptions = 0
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn."""
+        bisect.insort(self.waiting, request, key=_rank)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request, wherever it is, and free its blocks."""
+        queue = self.running if request.blocks else self.waiting
+        _take_out(queue, request)
+        self._free(request)
+
+    def preempt_all(self) -> None:
+        """Send every running request back to waiting, with the tokens it has so far."""
+        while self.running:
+            self._preempt(self.running[-1])
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step. Blocks for it are held when this returns."""
+        exhausted = self._make_room_for_decodes()
+        self._admit()
+        if self.waiting and not self.running:
+            # Nothing will fall free by itself, so waiting would be for ever.
+            exhausted.append(self.waiting[0])
+            self.remove(self.waiting[0])
+        budget = self._limits.step_tokens
+        chunks = []
+        for request in sorted(self.running, key=_is_prompt):
+            count = min(request.pending, budget)
+            if count:
+                chunks.append(Chunk(request, request.computed, count))
+                budget -= count
+        return StepPlan(tuple(chunks), tuple(exhausted))
+
+    def _make_room_for_decodes(self) -> list[Request]:
+        """Give a block to every request whose next token starts one, preempting where needed."""
+        exhausted = []
+        for request in list(self.running):
+            if request.blocks and len(request.tokens) > len(request.blocks) * self._block_tokens:
+                while (fresh := self._pool.take(1)) is None:
+                    victim = self.running[-1]
+                    if len(self.running) == 1:
+                        # Nobody is left to make room, so waiting would not help either.
+                        self.remove(victim)
+                        exhausted.append(victim)
+                    else:
+                        self._preempt(victim)
+                    if victim is request:
+                        break
+                else:
+                    request.blocks += fresh
+        return exhausted
+
+    def _admit(self) -> None:
+        """Start waiting requests in order while budget, slots and blocks last."""
+        while self.waiting:
+            request = self.waiting[0]
+            # Decodes go first whatever their rank; prompts in progress only if they rank better.
+            taken = sum(
+                other.pending
+                for other in self.running
+                if other.pending == 1 or other.rank < request.rank
+            )
+            needed = -(-len(request.tokens) // self._block_tokens)
+            if taken >= self._limits.step_tokens or not self._clear_way(request, needed):
+                return
+            blocks = self._pool.take(needed)
+            assert blocks is not None, "blocks were provided a moment ago"
+            del self.waiting[0]
+            request.blocks = blocks
+            bisect.insort(self.running, request, key=_rank)
+
+    def _clear_way(self, request: Request, needed: int) -> bool:
+        """Find a slot and blocks, preempting requests of strictly lower priority if that helps.
+
+        Every running request is left a block to grow into, so that a new one does not push
+        another out at once; a request that would run alone needs none.
+        """
+        lower = [other for other in self.running if other.priority > request.priority]
+        for victims in range(len(lower) + 1):
+            rest = len(self.running) - victims
+            freed = sum(len(other.blocks) for other in lower[len(lower) - victims :])
+            # What victims hold is free after them, and need not be provided beforehand.
+            if rest < self._limits.running_requests_max and self._pool.provide(
+                needed + rest - freed
+            ):
+                for other in reversed(lower[len(lower) - victims :]):
+                    self._preempt(other)
+                return True
+        return False
+
+    def _preempt(self, request: Request) -> None:
+        _take_out(self.running, request)
+        self._free(request)
+        self.preemptions += 1
+        self.add(request)
+
+    def _free(self, request: Request) -> None:
+        self._pool.give_back(request.blocks)
+        request.blocks = []
+        request.computed = 0
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank
+
+
+def _is_prompt(request: Request) -> bool:
+    return request.pending > 1
+
+
+def _take_out(queue: list[Request], request: Request) -> None:
+    index = bisect.bisect_left(queue, request.rank, key=_rank)
+    if index == len(queue) or queue[index] is not request:
+        raise ValueError(f"request {request.id} is not where its state says")
+    del queue[index]
