@@ -28,7 +28,7 @@ from engine.link.build import (
     Inspected,
     ToBuilder,
 )
-from engine.link.errors import LinkClosed, LinkError
+from engine.link.errors import LinkError
 from engine.link.frames import Link
 from engine.models.layout import image_recipes
 from engine.models.spec import ModelSpec
@@ -117,7 +117,7 @@ class Builder:
                     os.close(descriptor)
             try:
                 await self._link.send(reply)
-            except LinkClosed:
+            except LinkError:
                 return
 
     async def _answer(self, request: ToBuilder, descriptors: list[int]) -> FromBuilder:
