@@ -65,7 +65,9 @@ def call_error(error: grpc.RpcError, endpoint: str) -> HotbayError:
     if status is None:
         # Without a status nobody on our side spoke: these two are gRPC's own.
         if code is Code.UNAVAILABLE:
-            return Unreachable(f"hotbayd does not answer at {endpoint}: {message}")
+            # gRPC wraps the system's words in its own; the last clause is the one that tells.
+            cause = message.rpartition(": ")[2]
+            return Unreachable(f"hotbayd does not answer at {endpoint}: {cause}")
         if code is Code.DEADLINE_EXCEEDED:
             return CallTimedOut(f"hotbayd at {endpoint} gave no answer in time")
         return refusal(code, message, metadata={})

@@ -1,0 +1,312 @@
+"""The command tree: names, arguments and help, and nothing else.
+
+Each function here only brings in the module that does the work, so that `gpuctl --help` and every
+usage error answer without loading grpc, protobuf or rich.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from daemon.gpuctl.complete import completion_script
+from daemon.gpuctl.exits import Exit
+from daemon.gpuctl.options import (
+    DrainTimeoutOption,
+    DryRunOption,
+    IncomingArgument,
+    ModelArgument,
+    OperationArgument,
+    OutgoingArgument,
+    PartitionOption,
+    RequestIdOption,
+    WaitOption,
+    command,
+)
+from daemon.gpuctl.session import Session
+
+
+class InFlightChoice(StrEnum):
+    """What to do with running requests."""
+
+    DRAIN = "drain"
+    RECOMPUTE = "recompute"
+    ABORT = "abort"
+
+
+class Shell(StrEnum):
+    """Shells that completion is written for."""
+
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
+
+
+InFlightOption = Annotated[
+    InFlightChoice | None,
+    typer.Option(
+        "--in-flight",
+        help="Finish running requests, compute them again later, or end them. "
+        "By default as the daemon is configured.",
+    ),
+]
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+def _group(help_text: str) -> typer.Typer:
+    # Plain help: rich takes longer to load than the rest of the program.
+    return typer.Typer(
+        help=help_text,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings=SETTINGS,
+        add_completion=False,
+    )
+
+
+def build() -> typer.Typer:
+    """The whole tree."""
+    app = _group("Steer the models and GPU partitions of a Hotbay node.")
+    _declare_views(app)
+    models = _group("Register and look at models.")
+    _declare_models(models)
+    app.add_typer(models, name="model")
+    _declare_moves(app)
+    _declare_run(app)
+    operations = _group("Look at, wait for and cancel operations.")
+    _declare_operations(operations)
+    app.add_typer(operations, name="op")
+    return app
+
+
+def _declare_views(app: typer.Typer) -> None:
+    @command(app, "status")
+    def status(
+        session: Session,
+        check: Annotated[
+            bool, typer.Option("--check", help="One line and exit code 0, 1 or 2, for monitoring.")
+        ] = False,
+    ) -> int:
+        """The node on one screen: daemon, GPUs, partitions, models, warnings."""
+        from daemon.gpuctl import nodes
+
+        if check:
+            return nodes.check(session)
+        nodes.status(session)
+        return Exit.OK
+
+    @command(app, "ps")
+    def ps(session: Session) -> None:
+        """Models on partitions, and what each is doing."""
+        from daemon.gpuctl import nodes
+
+        nodes.processes(session)
+
+    @command(app, "events")
+    def events(
+        session: Session,
+        follow: Annotated[
+            bool, typer.Option("--follow", "-f", help="Go on with changes until Ctrl-C.")
+        ] = False,
+        kind: Annotated[
+            list[str] | None,
+            typer.Option(help="model, partition, operation, process or gpu; repeatable."),
+        ] = None,
+        resume: Annotated[
+            str, typer.Option(metavar="TOKEN", help="Go on after the event with this token.")
+        ] = "",
+    ) -> None:
+        """What there is, and with -f what changes."""
+        from daemon.gpuctl import events as commands
+
+        commands.events(session, follow=follow, kinds=kind or (), resume_token=resume)
+
+    @command(app, "version")
+    def version(
+        session: Session,
+        daemon: Annotated[bool, typer.Option("--daemon", help="Ask the daemon as well.")] = False,
+    ) -> None:
+        """The version of this program."""
+        from daemon.gpuctl import versions
+
+        versions.version(session, with_daemon=daemon)
+
+    @app.command("completion")
+    def completion(shell: Shell) -> None:
+        """Print the completion script of a shell: eval "$(gpuctl completion bash)"."""
+        print(completion_script(shell.value))
+
+
+def _declare_models(app: typer.Typer) -> None:
+    @command(app, "register")
+    def register(
+        session: Session,
+        name: Annotated[str, typer.Argument(help="What to call it.")],
+        directory: Annotated[str, typer.Argument(help="Its checkpoint, on the daemon's host.")],
+        version: Annotated[int, typer.Option(min=0, help="0: one more than the newest.")] = 0,
+        request_id: RequestIdOption = "",
+        dry_run: DryRunOption = False,
+    ) -> None:
+        """Make a checkpoint known; nothing is loaded."""
+        from daemon.gpuctl import models
+
+        models.register(session, name, directory, version, request_id, dry_run)
+
+    @command(app, "ls")
+    def list_models(session: Session) -> None:
+        """All versions of all models."""
+        from daemon.gpuctl import models
+
+        models.list_models(session)
+
+    @command(app, "show")
+    def show(session: Session, model: ModelArgument) -> None:
+        """Everything about one model."""
+        from daemon.gpuctl import models
+
+        models.show(session, model)
+
+
+def _declare_moves(app: typer.Typer) -> None:
+    @command(app, "load")
+    def load(
+        session: Session,
+        model: ModelArgument,
+        standby: Annotated[
+            bool, typer.Option("--standby", help="Only bring it to host memory.")
+        ] = False,
+        partition: PartitionOption = "",
+        request_id: RequestIdOption = "",
+        dry_run: DryRunOption = False,
+        wait: WaitOption = True,
+    ) -> None:
+        """Make a model ACTIVE where it fits, else leave it STANDBY."""
+        from daemon.gpuctl import moves
+
+        moves.load(session, model, partition, standby, moves.How(request_id, dry_run, wait))
+
+    @command(app, "unload")
+    def unload(
+        session: Session,
+        model: ModelArgument,
+        evict: Annotated[
+            bool, typer.Option("--evict", help="Also drop it from host memory.")
+        ] = False,
+        in_flight: InFlightOption = None,
+        drain_timeout: DrainTimeoutOption = None,
+        request_id: RequestIdOption = "",
+        dry_run: DryRunOption = False,
+        wait: WaitOption = True,
+    ) -> None:
+        """Take a model off its partition."""
+        from daemon.gpuctl import moves
+
+        how = moves.How(request_id, dry_run, wait)
+        moves.unload(session, model, moves.in_flight(in_flight), drain_timeout, evict, how)
+
+    @command(app, "swap")
+    def swap(
+        session: Session,
+        outgoing: OutgoingArgument,
+        incoming: IncomingArgument,
+        partition: PartitionOption = "",
+        in_flight: InFlightOption = None,
+        drain_timeout: DrainTimeoutOption = None,
+        request_id: RequestIdOption = "",
+        dry_run: DryRunOption = False,
+        wait: WaitOption = True,
+    ) -> None:
+        """Take A out of service on its partition and put B in, as one transaction."""
+        from daemon.gpuctl import moves
+
+        how = moves.How(request_id, dry_run, wait)
+        policy = moves.in_flight(in_flight)
+        moves.swap(session, outgoing, incoming, partition, policy, drain_timeout, how)
+
+    @command(app, "drain")
+    def drain(
+        session: Session,
+        model: ModelArgument,
+        in_flight: InFlightOption = None,
+        drain_timeout: DrainTimeoutOption = None,
+        request_id: RequestIdOption = "",
+        dry_run: DryRunOption = False,
+        wait: WaitOption = True,
+    ) -> None:
+        """Stop admitting requests for a model; its weights stay."""
+        from daemon.gpuctl import moves
+
+        how = moves.How(request_id, dry_run, wait)
+        moves.drain(session, model, moves.in_flight(in_flight), drain_timeout, how)
+
+    @command(app, "resume")
+    def resume(
+        session: Session,
+        model: ModelArgument,
+        request_id: RequestIdOption = "",
+        dry_run: DryRunOption = False,
+        wait: WaitOption = True,
+    ) -> None:
+        """Let a drained model serve again."""
+        from daemon.gpuctl import moves
+
+        moves.resume(session, model, moves.How(request_id, dry_run, wait))
+
+
+def _declare_run(app: typer.Typer) -> None:
+    @command(app, "run")
+    def run(
+        session: Session,
+        model: ModelArgument,
+        prompt: Annotated[str, typer.Argument(help="The prompt, or - for standard input.")],
+        system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+        raw: Annotated[
+            bool, typer.Option("--raw", help="Continue the text; no chat template.")
+        ] = False,
+        max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
+        temperature: Annotated[float | None, typer.Option(min=0.0, metavar="T")] = None,
+        seed: Annotated[int | None, typer.Option(metavar="N")] = None,
+    ) -> None:
+        """Send one prompt to a model and print the answer as it comes."""
+        from daemon.gpuctl import chat
+
+        text = chat.read_prompt(prompt)
+        ask = chat.Ask(model, text, raw, system, max_tokens, temperature, seed)
+        chat.run_prompt(session, ask)
+
+
+def _declare_operations(app: typer.Typer) -> None:
+    @command(app, "ls")
+    def list_operations(
+        session: Session,
+        running: Annotated[bool, typer.Option("--running", help="Only what still runs.")] = False,
+    ) -> None:
+        """All operations the daemon remembers."""
+        from daemon.gpuctl import operations
+
+        operations.list_operations(session, running)
+
+    @command(app, "show")
+    def show(session: Session, operation: OperationArgument) -> None:
+        """Where one operation stands, its plan and its ledger."""
+        from daemon.gpuctl import operations
+
+        operations.show(session, operation)
+
+    @command(app, "wait")
+    def wait(session: Session, operation: OperationArgument) -> None:
+        """Wait for an operation; exits as the command that began it would have."""
+        from daemon.gpuctl import operations
+
+        operations.wait(session, operation)
+
+    @command(app, "cancel")
+    def cancel(session: Session, operation: OperationArgument) -> None:
+        """Ask an operation to stop; what was before is restored."""
+        from daemon.gpuctl import operations
+
+        operations.cancel(session, operation)
