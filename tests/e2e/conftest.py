@@ -1,0 +1,84 @@
+"""Whole nodes for whole tests: the real daemon, gateway and workers on the simulated board.
+
+The oracle is transformers in fp32 on the example checkpoints, asked once for each prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hotbay.local_node import LocalNode
+
+REPOSITORY = Path(__file__).resolve().parents[2] / "examples" / "models"
+PROMPTS = {
+    "prose": ("The licence", "You may copy", "This program is", "A class", "In this section"),
+    "code": ("def main():", "class Node:", "import os", "for line in", "    return self"),
+}
+
+NodeMaker = Callable[..., LocalNode]
+
+
+@pytest.fixture
+def start_node(tmp_path: Path) -> Iterator[NodeMaker]:
+    """Starts nodes under the test's directory and ends them, whatever the test did to them."""
+    nodes: list[LocalNode] = []
+
+    def start(
+        *,
+        config: dict[str, dict[str, Any]] | None = None,
+        repository: Path | None = REPOSITORY,
+        simulate: str = "h200x1",
+        load: tuple[str, ...] = (),
+    ) -> LocalNode:
+        node = LocalNode(
+            tmp_path / f"node{len(nodes)}", simulate=simulate, repository=repository, config=config
+        )
+        nodes.append(node)
+        node.start()
+        for model in load:
+            node.client.wait(node.client.load(model))
+        return node
+
+    yield start
+    for node in nodes:
+        node.stop()
+
+
+class Oracle:
+    """What each example model greedily answers, by transformers in fp32."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+        self._answers: dict[tuple[str, str, int], str] = {}
+
+    def answer(self, model: str, prompt: str, tokens: int) -> str:
+        """The continuation of `prompt` by at most `tokens` tokens, as text."""
+        key = (model, prompt, tokens)
+        if key not in self._answers:
+            self._answers[key] = self._generate(*key)
+        return self._answers[key]
+
+    def _generate(self, model: str, prompt: str, tokens: int) -> str:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if model not in self._loaded:
+            directory = str(REPOSITORY / model / "1")
+            self._loaded[model] = (
+                AutoTokenizer.from_pretrained(directory),
+                AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(),
+            )
+        tokenizer, network = self._loaded[model]
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            output = network.generate(ids, max_new_tokens=tokens, do_sample=False)
+        text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        return text
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Oracle:
+    return Oracle()

@@ -1,0 +1,167 @@
+"""Loads that cannot succeed: what serves goes on, the answer says why, nothing leaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from hotbay.errors import HotbayError, OperationFailed, Refused
+from hotbay.local_node import LocalNode
+from safetensors.torch import load_file, save_file
+
+from tests.e2e.conftest import REPOSITORY, NodeMaker, Oracle
+
+
+def truncated(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def tensor_missing(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def wrong_shape(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def unsupported(directory: Path) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["architectures"] = ["MambaForCausalLM"]
+    config["model_type"] = "mamba"
+    path.write_text(json.dumps(config))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (truncated, "model.safetensors"),
+    "missing": (tensor_missing, "model.norm.weight"),
+    "shape": (wrong_shape, "model.norm.weight"),
+    "unsupported": (unsupported, "Mamba"),
+}
+
+
+def counts(node: LocalNode) -> dict[str, object]:
+    """What could leak: descriptors and children of every process, host and device bytes."""
+    found = node.client.node()
+    pids = {f"{p.role} {p.partition}".strip(): p.pid for p in found.processes}
+    return {
+        "descriptors": {name: psutil.Process(pid).num_fds() for name, pid in pids.items()},
+        "children": {
+            name: len(psutil.Process(pid).children(recursive=True)) for name, pid in pids.items()
+        },
+        "host": found.host_store.used_bytes,
+        "images": len(found.host_store.images),
+        "free": node.client.partition("gpu0").memory_free_bytes,
+    }
+
+
+def refused(node: LocalNode, model: str) -> HotbayError:
+    with pytest.raises((Refused, OperationFailed)) as caught:
+        node.client.wait(node.client.load(model))
+    return caught.value
+
+
+def still_serves(node: LocalNode, oracle: Oracle) -> None:
+    response = httpx.post(
+        f"{node.http_url}/v1/completions",
+        json={"model": "prose", "prompt": "The licence", "max_tokens": 16, "temperature": 0},
+        timeout=60,
+    )
+    assert response.json()["choices"][0]["text"] == oracle.answer("prose", "The licence", 16)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    root = tmp_path / "models"
+    shutil.copytree(REPOSITORY / "prose", root / "prose")
+    for name, (spoil, _) in BROKEN.items():
+        shutil.copytree(REPOSITORY / "code", root / name)
+        spoil(root / name / "1")
+    shutil.copytree(REPOSITORY / "code", root / "code")
+    return root
+
+
+@pytest.mark.slow
+def test_broken_checkpoints_are_refused_by_name(
+    start_node: NodeMaker, repository: Path, oracle: Oracle
+) -> None:
+    node = start_node(repository=repository, load=("prose",))
+    still_serves(node, oracle)
+    for name in BROKEN:  # once beforehand, so that lazy imports and pools are not counted
+        refused(node, name)
+    before = counts(node)
+    for name, (_, named) in BROKEN.items():
+        error = refused(node, name)
+        assert named in str(error), error
+        assert error.reason in ("CHECKPOINT_INVALID", "CORRUPT_WEIGHTS", "ARCH_UNSUPPORTED")
+    still_serves(node, oracle)
+    assert counts(node) == before
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_the_partition(
+    start_node: NodeMaker, repository: Path, oracle: Oracle
+) -> None:
+    # Room for prose, whose weights and KV need less, but never for code's longer context.
+    node = start_node(
+        repository=repository,
+        config={
+            "worker": {"memory_bytes": 24 << 20, "context_tokens_max": 256},
+            "scheduling": {"swap_on_demand": False},
+        },
+    )
+    plan = node.client.load("prose", validate_only=True)
+    assert plan.done
+    node.client.wait(node.client.load("prose"))
+    before = counts(node)
+    node.config["worker"]["memory_bytes"] = 16 << 20
+    small = start_node(
+        repository=repository,
+        config={
+            "worker": {"memory_bytes": 16 << 20, "context_tokens_max": 1 << 20},
+            "scheduling": {"swap_on_demand": False},
+        },
+    )
+    error = refused(small, "prose")
+    assert error.reason == "INSUFFICIENT_DEVICE_MEMORY"
+    assert int(error.metadata["needed_bytes"]) > 16 << 20
+    assert str(error.metadata["needed_bytes"]) in str(error)
+    still_serves(node, oracle)
+    assert counts(node) == before
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_the_host_budget(
+    start_node: NodeMaker, repository: Path, oracle: Oracle
+) -> None:
+    image_bytes = 0
+    probe = start_node(repository=repository)
+    for model in probe.client.models():
+        if model.name == "prose":
+            image_bytes = model.versions[0].image_bytes
+    assert image_bytes > 0
+    node = start_node(
+        repository=repository,
+        config={
+            "host_store": {"budget_bytes": image_bytes + (1 << 20)},
+            "scheduling": {"swap_on_demand": False},
+        },
+        load=("prose",),
+    )
+    before = counts(node)
+    error = refused(node, "code")
+    assert error.reason == "INSUFFICIENT_HOST_MEMORY"
+    assert int(error.metadata["budget_bytes"]) == image_bytes + (1 << 20)
+    still_serves(node, oracle)
+    assert counts(node) == before
