@@ -41,6 +41,8 @@ def watch(
                 token = event.resume_token or token
                 if event.type != watch_pb2.EVENT_TYPE_BOOKMARK:
                     yield event
+            # A stream has no end of its own: whoever ended it will not answer at once.
+            outage.pause(Unavailable("the daemon ended the watch"))
         except grpc.RpcError as error:
             token = _next_token(connection.error(error), token, outage)
         finally:

@@ -88,6 +88,7 @@ class ScriptedNode:
         self.response_state = common_pb2.MODEL_STATE_ACTIVE
         # What each Watch call sends, in order; a Refusal ends the call with it.
         self.watches: list[list[watch_pb2.WatchEvent | Refusal]] = []
+        self.endless_watches = True
         self.operations: dict[str, Operation] = {}
         self.changed = threading.Condition()
         self.page_size_max = 1000
@@ -340,4 +341,5 @@ class WatchAnswers(Answers, watch_pb2_grpc.WatchServiceServicer):
             if isinstance(step, Refusal):
                 context.abort_with_status(rpc_status.to_status(step.status()))
             yield step
-        self.node.wait(context, lambda: False, None)
+        if self.node.endless_watches:
+            self.node.wait(context, lambda: False, None)
