@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 
 from daemon.gateway.errors import (
@@ -59,6 +60,7 @@ class Dispatcher:
         priority: int,
         index: int,
         mailbox: Mailbox,
+        arrived_s: float,
     ) -> Stream:
         """Take a stream on and send or hold it. Raises Unavailable when neither is possible."""
         current = self.table.by_key.get(route.model)
@@ -74,7 +76,7 @@ class Dispatcher:
             sampling=sampling,
             priority=priority,
             mailbox=mailbox,
-            arrived_s=self._loop.time(),
+            arrived_s=arrived_s,
         )
         if self._held.holds(stream.model) or not self._send(stream):
             if self._held.full:
@@ -102,7 +104,7 @@ class Dispatcher:
 
     def set_table(self, table: Table) -> None:
         """Put a table in force: links, limits, and what is held."""
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         self._unserved_since_s = {
             key: self._unserved_since_s.get(key, now_s)
             for key in table.by_key
@@ -119,7 +121,7 @@ class Dispatcher:
 
     def demand(self) -> tuple[ModelDemand, ...]:
         """Unfinished streams of models that are not served, at a worker or held here."""
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         demands = []
         for model, streams in self._unfinished.items():
             if model in self.table.by_key and not self.table.serves(model):
@@ -156,6 +158,8 @@ class Dispatcher:
 
     def on_output(self, stream: Stream, output: Output) -> None:
         finish = output.finish
+        if output.tokens:
+            self._count(stream, output)
         if finish is None:
             stream.phase = Phase.STREAMING
             stream.mailbox.put(stream.index, output)
@@ -180,6 +184,15 @@ class Dispatcher:
             self._release(model)
         self._on_change()
 
+    def _count(self, stream: Stream, output: Output) -> None:
+        now_s, metrics = time.monotonic(), self._metrics
+        if stream.last_output_s:
+            metrics.inter_token_seconds.observe(now_s - stream.last_output_s)
+        else:
+            metrics.first_token_seconds.observe(now_s - stream.arrived_s)
+        stream.last_output_s = now_s
+        metrics.generation_tokens[stream.model] += len(output.tokens)
+
     # Moving streams.
 
     def _send(self, stream: Stream) -> bool:
@@ -194,7 +207,7 @@ class Dispatcher:
     def _hold(self, stream: Stream) -> None:
         timeout_s = self.table.limits.hold_timeout_s
         stream.phase, stream.link = Phase.HELD, None
-        stream.held_since_s = self._loop.time()
+        stream.held_since_s = time.monotonic()
         stream.hold_timer = self._loop.call_later(timeout_s, self._expire, stream, timeout_s)
         self._held.add(stream)
 
@@ -203,7 +216,7 @@ class Dispatcher:
             stream.hold_timer.cancel()
             stream.hold_timer = None
         self._held.remove(stream)
-        self._metrics.hold_seconds.observe(self._loop.time() - stream.held_since_s)
+        self._metrics.hold_seconds.observe(time.monotonic() - stream.held_since_s)
 
     def _release(self, model: str) -> None:
         """Send what is held of a model, as far as its route and its worker take it."""

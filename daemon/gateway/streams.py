@@ -33,19 +33,27 @@ Event = tuple[int, Output | RequestFailed]
 
 
 class Mailbox:
-    """What happened to the streams of one client request, in order; one reader."""
+    """What happened to the streams of one client request, in order; one reader.
 
-    __slots__ = ("_events", "_waiter")
+    An eager one wakes its reader for every output, the other only for an end or a failure.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_eager", "_events", "_waiter")
+
+    def __init__(self, *, eager: bool) -> None:
+        self._eager = eager
         self._events: list[Event] = []
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, index: int, event: Output | RequestFailed) -> None:
-        """Leave an event and wake the reader."""
+        """Leave an event, and wake the reader if it should know now."""
         self._events.append((index, event))
         waiter = self._waiter
-        if waiter is not None and not waiter.done():
+        if (
+            waiter is not None
+            and (self._eager or not isinstance(event, Output) or event.finish is not None)
+            and not waiter.done()
+        ):
             waiter.set_result(None)
 
     async def take(self) -> Sequence[Event]:
@@ -72,6 +80,8 @@ class Stream:
     priority: int
     mailbox: Mailbox
     arrived_s: float
+    """When the client's request arrived, on the monotonic clock."""
+    last_output_s: float = 0.0
     phase: Phase = Phase.HELD
     link: TokenLink | None = None
     request: int = 0

@@ -22,11 +22,11 @@ class Choice:
         "_log",
         "_shown",
         "_stops",
+        "begun",
         "cached_tokens",
         "entries",
         "finish",
         "index",
-        "last_s",
         "tokens",
     )
 
@@ -37,8 +37,8 @@ class Choice:
         self.finish: str | None = None
         self.tokens = 0
         self.cached_tokens = 0
-        self.last_s = 0.0
-        """When its last output was handled; 0 before the first."""
+        self.begun = False
+        """Whether any output has come."""
         self.entries: list[Entry] = []
         """Log probabilities that belong to the text last returned."""
         self._detokenizer = detokenizer
@@ -49,6 +49,7 @@ class Choice:
 
     def advance(self, output: Output) -> str:
         """The text that this output lets be shown."""
+        self.begun = True
         if output.cached_tokens:
             self.cached_tokens = output.cached_tokens
         if self._stops is None and self._log is None:

@@ -42,6 +42,8 @@ class Job:
     style: Style
     priority: int
     stream: bool
+    stops: bool
+    """Whether there are stop strings, which only the gateway sees."""
     include_usage: bool
 
     def usage(self) -> Usage:
@@ -108,6 +110,7 @@ def _job(
         ),
         priority=fields.priority or 0,
         stream=bool(fields.stream),
+        stops=bool(stops),
         include_usage=include_usage,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -40,7 +41,7 @@ class Run:
     job: Job
     exchange: Exchange
     arrived_s: float
-    mailbox: Mailbox = field(default_factory=Mailbox)
+    mailbox: Mailbox
     streams: list[Stream] = field(default_factory=list)
 
 
@@ -62,7 +63,6 @@ class Completions:
         self._metrics = metrics
         self._config = config
         self._decoder = BodyDecoder()
-        self._loop = asyncio.get_running_loop()
 
     async def chat(self, exchange: Exchange) -> None:
         """POST /v1/chat/completions."""
@@ -85,7 +85,7 @@ class Completions:
         await self._handle(exchange, make)
 
     async def _handle(self, exchange: Exchange, make: Callable[[bytes], Awaitable[Job]]) -> None:
-        arrived_s = self._loop.time()
+        arrived_s = time.monotonic()
         if self._dispatcher.draining:
             raise Unavailable("the gateway is shutting down", code="draining", retry_after_s=1)
         if self._running >= self._config.open_requests_max:
@@ -101,7 +101,10 @@ class Completions:
             body = await exchange.body(
                 bytes_max=self._config.body_bytes_max, timeout_s=self._config.body_timeout_s
             )
-            await self._run(Run(await make(body), exchange, arrived_s))
+            job = await make(body)
+            # Whole answers need no waking in between, but for stop strings that end them early.
+            mailbox = Mailbox(eager=job.stream or job.stops)
+            await self._run(Run(job, exchange, arrived_s, mailbox))
         finally:
             self._running -= 1
             if not self._running:
@@ -127,7 +130,7 @@ class Completions:
         job, timeout_s = run.job, self._config.request_timeout_s
         watcher = asyncio.create_task(_watch(run))
         try:
-            async with asyncio.timeout_at(run.arrived_s + timeout_s):
+            async with asyncio.timeout(timeout_s):
                 self._open(run)
                 await (self._stream(run) if job.stream else self._whole(run))
         except TimeoutError:
@@ -150,6 +153,7 @@ class Completions:
                 priority=job.priority,
                 index=index,
                 mailbox=run.mailbox,
+                arrived_s=run.arrived_s,
             )
             run.streams.append(stream)
         self._metrics.prompt_tokens[job.model] += job.usage().prompt_tokens
@@ -200,7 +204,7 @@ class Completions:
 
     def _events(self, run: Run, index: int, happened: Output | RequestFailed) -> list[bytes]:
         choice, style = run.job.choices[index], run.job.style
-        opening = not choice.last_s
+        opening = not choice.begun
         text = self._advance(run, index, happened)
         if text is None:
             return []
@@ -218,13 +222,6 @@ class Completions:
         choice = run.job.choices[index]
         if choice.finish is not None:
             return None
-        now_s = self._loop.time()
-        if choice.last_s:
-            self._metrics.inter_token_seconds.observe(now_s - choice.last_s)
-        else:
-            self._metrics.first_token_seconds.observe(now_s - run.arrived_s)
-        choice.last_s = now_s
-        self._metrics.generation_tokens[run.job.model] += len(happened.tokens)
         text = choice.advance(happened)
         if choice.finish is not None and happened.finish is None:
             # A stop string matched, of which the worker knows nothing.
