@@ -1,0 +1,209 @@
+"""The exchange: one transaction that takes models off the device and puts another one on it.
+
+Owns the order of its stages, their undoing, and the ledger. It decides nothing about memory (a pure
+plan does) and never blocks: it is a job of the step loop, resumed when something has happened,
+while the engines go on stepping, the incoming one too. Invariant: whatever fails before the commit,
+the outgoing models serve again; the pages that takes are out of everybody's reach until then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator
+
+from engine.link.control import EngineStatus, ExchangeResult, Stage
+from engine.worker.copying import Copy, Waits
+from engine.worker.desk import Desk
+from engine.worker.drain import drain
+from engine.worker.errors import message_of
+from engine.worker.failpoints import FailPoint, FailPoints
+from engine.worker.ledger import Journal
+from engine.worker.order import Order
+from engine.worker.residency import Residency
+from engine.worker.resident import Resident
+from engine.worker.verify import verify_weights
+from swap.errors import CorruptWeights
+
+ROLLBACK_TRIES_MAX = 2
+"""Bringing a model back is tried once more: by then what failed may have passed."""
+
+log = logging.getLogger(__name__)
+
+
+class Exchange:
+    """One exchange, on the step thread."""
+
+    def __init__(
+        self,
+        order: Order,
+        residency: Residency,
+        desk: Desk,
+        failpoints: FailPoints,
+        wake: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.order = order
+        self.incoming: Resident | None = None
+        self.journal = Journal(order, residency.link_bytes_per_s, clock)
+        self._request = order.request
+        self._residency = residency
+        self._desk = desk
+        self._failpoints = failpoints
+        self._wake = wake
+        self._clock = clock
+        self._outgoing: list[tuple[Resident, EngineStatus]] = []
+        self._copy: Copy | None = None
+        self._mapped = False
+        self.damaged = False
+        """Set when a step of the incoming engine failed by itself."""
+
+    def run(self) -> Generator[float | None, None, ExchangeResult]:
+        """Carry the exchange out, or leave everything as it was; the job's value is the result.
+
+        Raises what the plan refuses it with, before anything has changed.
+        """
+        self._plan()
+        failure: Exception | None = None
+        try:
+            yield from self._forward()
+        except Exception as error:
+            failure = error
+            log.warning(
+                "exchange %s is rolled back from %s: %s",
+                self._request.operation,
+                self.order.stage,
+                message_of(error),
+                exc_info=error,
+            )
+            yield from self._roll_back(error)
+        finally:
+            for resident in self._involved():
+                resident.claimed = False
+        return self.journal.end(failure)
+
+    # Forward.
+
+    def _plan(self) -> None:
+        """Refuse what cannot be done, and make the incoming engine. Nothing that serves changes."""
+        outgoing = self._residency.check(self._request)
+        self._failpoints.reach(FailPoint.PLANNED, self.order.hang)
+        if self._request.incoming is not None:
+            self.incoming = self._residency.expect(self._request.incoming)
+        self._outgoing = [(one, one.status) for one in outgoing]
+        for resident in self._involved():
+            resident.claimed = True
+
+    def _involved(self) -> list[Resident]:
+        incoming = [self.incoming] if self.incoming is not None else []
+        return [*incoming, *(one for one, _ in self._outgoing)]
+
+    def _forward(self) -> Waits:
+        self.order.enter(Stage.DRAINING)
+        with self.journal.phase("drain_ms"):
+            yield from self._drain()
+            self._reach(FailPoint.DRAINED)
+        self.order.enter(Stage.EVICTING)
+        with self.journal.phase("evict_ms"):
+            self._evict()
+            self._reach(FailPoint.EVICTED)
+        if self.incoming is not None and self.incoming.status is EngineStatus.STANDBY:
+            yield from self._bring_in(self.incoming)
+        self._reach(FailPoint.COMMITTING)
+        self.order.seal()
+        self._commit()
+
+    def _drain(self) -> Waits:
+        residents = [one for one, _ in self._outgoing]
+        request = self._request
+        for deadline in drain(
+            residents,
+            request.in_flight,
+            request.drain_timeout_s,
+            self._desk,
+            self._clock,
+            self.journal.counts,
+        ):
+            self.order.requests_left = sum(len(self._desk.of_model(one.model)) for one in residents)
+            yield deadline
+            self.order.check()
+        self.order.requests_left = 0
+
+    def _evict(self) -> None:
+        """Pass the pages on in one turn of the loop, so that no engine's KV takes them between."""
+        owed = sum(one.pages_min for one, _ in self._outgoing if one.pages)
+        for resident, _ in self._outgoing:
+            self.journal.evicted_bytes += resident.evict()
+        before = self._residency.pool.free_pages
+        if self.incoming is not None and self.incoming.status is EngineStatus.STANDBY:
+            self._mapped = True
+            self.incoming.map()
+        self._residency.hold_back(owed - (before - self._residency.pool.free_pages))
+
+    def _bring_in(self, incoming: Resident) -> Waits:
+        self.order.enter(Stage.COPYING)
+        with self.journal.phase("copy_ms"):
+            self._copy = Copy(incoming, self.order, self._wake)
+            self._reach(FailPoint.COPYING)
+            yield from self._copy.wait()
+            self.journal.copied_bytes = incoming.weights_bytes
+            self._reach(FailPoint.COPIED)
+        self.order.enter(Stage.VERIFYING)
+        with self.journal.phase("verify_ms"):
+            verify_weights(incoming.image, incoming.address, self._request.operation)
+        incoming.move(EngineStatus.STAGED)
+
+    def _commit(self) -> None:
+        if self.incoming is not None:
+            held = self.incoming.serve()
+            self.journal.sent(held)
+            self._desk.deliver(held)
+        self._residency.hold_back(0)
+        if self._request.discard:
+            for resident, _ in self._outgoing:
+                self.journal.counts.kept = 0
+                self.journal.counts.lost += self._residency.discard(resident)
+        self.order.enter(Stage.COMMITTED)
+
+    # Back.
+
+    def _roll_back(self, error: Exception) -> Waits:
+        self.order.reopen()
+        self.order.enter(Stage.ROLLING_BACK)
+        if self._copy is not None:
+            yield from self._copy.stop()
+        if self.incoming is not None:
+            self._residency.turn_away(
+                self.incoming,
+                error,
+                evict=self._mapped,
+                damaged=self.damaged or isinstance(error, CorruptWeights),
+            )
+        self._residency.hold_back(0)
+        evicted = [one for one, _ in self._outgoing if one.status is EngineStatus.STANDBY]
+        for resident in evicted:
+            resident.map()
+        for resident, before in self._outgoing:
+            yield from self._restore(resident, before)
+
+    def _restore(self, resident: Resident, before: EngineStatus) -> Waits:
+        """Have an outgoing model serve again; it becomes FAILED when that fails as well."""
+        for attempt in range(1, ROLLBACK_TRIES_MAX + 1):
+            try:
+                self._reach(FailPoint.ROLLING_BACK)
+                if resident.status is EngineStatus.STANDBY:
+                    yield from Copy(resident, self.order, self._wake).wait()
+                    verify_weights(resident.image, resident.address, self._request.operation)
+                    resident.move(EngineStatus.STAGED)
+                if before is EngineStatus.ACTIVE and resident.status is not EngineStatus.FAILED:
+                    self._desk.deliver(resident.serve())
+            except Exception as error:
+                log.exception("bringing %s back failed (attempt %d)", resident.model, attempt)
+                self.order.reopen()
+                if attempt == ROLLBACK_TRIES_MAX:
+                    self._residency.fail(resident, error)
+            else:
+                return
+
+    def _reach(self, point: FailPoint) -> None:
+        self._failpoints.reach(point, self.order.hang)
+        self.order.check()

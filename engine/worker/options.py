@@ -1,0 +1,101 @@
+"""What a worker is started with: the arguments of its command line, checked.
+
+Owns the arguments, their ranges and the paths that follow from them. It never reads a file or the
+environment. Invariant: an `Options` that exists is in range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.worker.errors import OptionInvalid
+from engine.worker.failpoints import Action, FailPoint, parse_failpoints
+
+HOST_PAGE_BYTES = 2 << 20
+STEP_TOKENS = 512
+SOCKET_PATH_BYTES_MAX = 107
+"""What the kernel's address of a Unix socket holds."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """One worker's arguments. Sizes in bytes, rates in bytes per second."""
+
+    partition: str
+    runtime_dir: Path
+    generation: int
+    memory_bytes: int
+    page_bytes: int = HOST_PAGE_BYTES
+    threads: int = 1
+    link_bytes_per_s: float | None = None
+    """Throttle of the link; None: as fast as it goes."""
+    step_tokens: int = STEP_TOKENS
+    """Tokens of prompts and decodes that one engine step computes at most."""
+    stage_timeout_s: float = 30.0
+    """Longest that one stage of an exchange may take, draining apart."""
+    failpoints: Mapping[FailPoint, Action] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path:
+        return self.runtime_dir / "workers" / self.partition
+
+    @property
+    def control_socket(self) -> Path:
+        return self.directory / "control.sock"
+
+    @property
+    def tokens_socket(self) -> Path:
+        return self.directory / "tokens.sock"
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Read the command line. Raises OptionInvalid; argparse itself exits on unknown arguments."""
+    parser = argparse.ArgumentParser(prog="hotbay-worker", allow_abbrev=False)
+    parser.add_argument("--partition", required=True)
+    parser.add_argument("--runtime-dir", type=Path, required=True)
+    parser.add_argument("--generation", type=int, required=True)
+    parser.add_argument("--device", choices=["host"], default="host")
+    parser.add_argument("--memory-bytes", type=int, required=True)
+    parser.add_argument("--page-bytes", type=int, default=HOST_PAGE_BYTES)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--link-bytes-per-s", type=float)
+    parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
+    parser.add_argument("--stage-timeout-s", type=float, default=30.0)
+    parser.add_argument("--failpoints", type=parse_failpoints, default={}, help=argparse.SUPPRESS)
+    values = vars(parser.parse_args(arguments))
+    del values["device"]
+    options = Options(**values)
+    _check(options)
+    return options
+
+
+def _check(options: Options) -> None:
+    if not options.partition or "/" in options.partition or options.partition.startswith("."):
+        raise OptionInvalid(f"--partition {options.partition!r} is no name of a directory")
+    for path in (options.control_socket, options.tokens_socket):
+        if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+            raise OptionInvalid(
+                f"{path} is longer than {SOCKET_PATH_BYTES_MAX} bytes, the longest path of a Unix "
+                "socket: use a shorter --runtime-dir"
+            )
+    ranges: tuple[tuple[str, float, float], ...] = (
+        ("generation", options.generation, 0),
+        ("page-bytes", options.page_bytes, HOST_PAGE_BYTES),
+        ("memory-bytes", options.memory_bytes, options.page_bytes),
+        ("threads", options.threads, 1),
+        ("step-tokens", options.step_tokens, 1),
+        ("stage-timeout-s", options.stage_timeout_s, 0.001),
+    )
+    for name, value, minimum in ranges:
+        if not value >= minimum:
+            raise OptionInvalid(f"--{name} is {value:g}; it must be at least {minimum:g}")
+    if options.page_bytes % HOST_PAGE_BYTES:
+        raise OptionInvalid(
+            f"--page-bytes is {options.page_bytes}; it must be a multiple of {HOST_PAGE_BYTES}"
+        )
+    if options.link_bytes_per_s is not None and not options.link_bytes_per_s > 0:
+        raise OptionInvalid("--link-bytes-per-s must be above 0; leave it out for no throttle")

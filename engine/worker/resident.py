@@ -1,0 +1,242 @@
+"""One model on this worker: its engine, the addresses it has for good, the pages it has now.
+
+Owns the engine and its regions, and keeps what the engine computes behind a copy until the copy was
+verified. It never decides when anything happens. Invariants: the engine's addresses stay as long as
+the resident does, whether pages are mapped there or not; an engine has weights only while they are
+there or landing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from engine.engine import Engine
+from engine.kv_layout import KvLayout
+from engine.limits import EngineLimits
+from engine.link.control import EngineSpec, EngineState, EngineStatus
+from engine.link.tokens import Output, Submit
+from engine.models.spec import ModelSpec
+from engine.worker.errors import OptionInvalid
+from engine.worker.images import Image
+from engine.worker.kv import FlooredKvSpace
+from engine.worker.status import advance
+from swap.arena import PagePool, Region
+from swap.image import Manifest
+from swap.transfer import Transfer
+from swap.virtual_memory import view_of
+
+
+class Resident:
+    """A model that has, or had, or is about to have its weights on the device.
+
+    Raises what the engine refuses the image or the limits with; holds nothing then.
+    """
+
+    def __init__(self, spec: EngineSpec, image: Image, pool: PagePool, step_tokens: int) -> None:
+        self.spec = spec
+        self.image = image
+        self.status = EngineStatus.STANDBY
+        self.claimed = False
+        """A drain works on it, so that an exchange must not."""
+        self.expected = False
+        """An exchange is bringing it in: requests are taken, and wait."""
+        self.served = False
+        """Whether it was ever ACTIVE."""
+        self.reason = ""
+        """Why it is FAILED."""
+        self.held: list[Output] = []
+        """Outputs computed behind a copy that is not verified yet."""
+        self._pool = pool
+        manifest = image.manifest
+        limits = _limits(spec, step_tokens)
+        shape = ModelSpec.from_dict(manifest.model)
+        self.kv_pages_min = kv_pages_min(spec, manifest, pool.page_bytes)
+        self._weights = Region(pool, f"{spec.model} weights", manifest.weights_bytes)
+        self._kv = Region(pool, f"{spec.model} KV", pool.total_pages * pool.page_bytes)
+        try:
+            self._space = FlooredKvSpace(self._kv)
+            self._tensors = weight_views(manifest, self._weights.address)
+            self.engine = Engine(shape, None, self._space, limits, dtype=manifest.dtype)
+        except BaseException:
+            self._weights.release()
+            self._kv.release()
+            raise
+        self._transfer: Transfer | None = None
+
+    @property
+    def model(self) -> str:
+        return self.spec.model
+
+    @property
+    def address(self) -> int:
+        """Where its weights are, or will be."""
+        return self._weights.address
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.image.manifest.weights_bytes
+
+    @property
+    def pages(self) -> int:
+        """Pages it has now."""
+        return self._weights.mapped_pages + self._kv.mapped_pages
+
+    @property
+    def pages_min(self) -> int:
+        """Pages it needs to serve."""
+        return self._weights.pages_max + self.kv_pages_min
+
+    def move(self, status: EngineStatus) -> None:
+        """Change the status. Raises InvalidState for a change that does not exist."""
+        self.status = advance(self.model, self.status, status)
+
+    # Requests.
+
+    @property
+    def admits(self) -> bool:
+        """Whether requests are taken."""
+        return self.expected or (self.status is EngineStatus.ACTIVE)
+
+    def submit(self, request: Submit) -> None:
+        self.engine.submit(request.request, request.prompt, request.sampling, request.priority)
+
+    def cancel(self, number: int) -> None:
+        """Forget a request, and what is held back of it."""
+        self.engine.cancel(number)
+        self.held = [output for output in self.held if output.request != number]
+
+    # Steps.
+
+    @property
+    def unverified(self) -> bool:
+        """Whether outputs must be held back."""
+        return self._transfer is not None
+
+    @property
+    def landing(self) -> bool:
+        """Whether a step may have to wait for weights."""
+        return self._transfer is not None and not self._transfer.complete
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a step would do something that may be done now."""
+        able = self.status is not EngineStatus.FAILED and not self.engine.paused
+        return able and not self.held and self.engine.has_work
+
+    # Pages and weights.
+
+    def map(self) -> int:
+        """Take all pages it needs to serve; returns how many it has.
+
+        Raises InsufficientDeviceMemory, and has none then.
+        """
+        try:
+            self._weights.grow(self._weights.pages_max - self._weights.mapped_pages)
+            self._space.set_floor(self.kv_pages_min)
+        except BaseException:
+            self._weights.shrink(self._weights.mapped_pages)
+            raise
+        return self.pages
+
+    def evict(self) -> int:
+        """Pause the engine and give every page back; no byte is copied. Returns bytes of weights.
+
+        Nothing may be copying into its pages. One that FAILED has none.
+        """
+        if self.status is EngineStatus.FAILED:
+            return 0
+        self.pause()
+        had = self._weights.mapped_pages > 0
+        self._weights.shrink(self._weights.mapped_pages)
+        self._space.set_floor(0)
+        if self.status is EngineStatus.STAGED:
+            self.move(EngineStatus.STANDBY)
+        return self.weights_bytes if had else 0
+
+    def give_up(self, reason: str) -> None:
+        """Become FAILED and give every page back, whatever state the engine is in."""
+        self.move(EngineStatus.FAILED)
+        self.reason, self.expected, self._transfer, self.held = reason, False, None, []
+        self._weights.shrink(self._weights.mapped_pages)
+        self._kv.shrink(self._kv.mapped_pages)
+
+    def load(self) -> Transfer:
+        """Begin to copy its weights in, and let it step behind them, outputs held back."""
+        transfer = Transfer(
+            self._pool.device, self.image.manifest, self.image.source, self._weights
+        )
+        transfer.start()
+        self._transfer = transfer
+        self.engine.resume(self._tensors, transfer.gate)
+        return transfer
+
+    def pause(self) -> None:
+        """Stop stepping; what runs waits with the tokens it has."""
+        self.engine.pause()
+        self._transfer = None
+
+    def serve(self) -> list[Output]:
+        """Become ACTIVE on verified weights; returns what was held back, to be sent now."""
+        if self.status is not EngineStatus.ACTIVE:
+            self.move(EngineStatus.ACTIVE)
+        self.served, self.expected, self._transfer = True, False, None
+        if self.engine.paused:
+            self.engine.resume(self._tensors)
+        held, self.held = self.held, []
+        return held
+
+    def close(self) -> None:
+        """Give everything back, addresses too. The engine must not be used afterwards."""
+        self._tensors = {}
+        self._weights.release()
+        self._kv.release()
+
+    def state(self) -> EngineState:
+        """What is reported of it."""
+        figures = self.engine.statistics()
+        failed = self.status is EngineStatus.FAILED
+        return EngineState(
+            model=self.model,
+            digest=self.image.digest,
+            status=self.status,
+            weights_bytes=self.weights_bytes if self._weights.mapped_pages else 0,
+            kv_used_bytes=0 if failed else figures.kv_used_bytes,
+            kv_bytes=self._kv.mapped_bytes,
+            running=0 if failed else figures.running,
+            waiting=0 if failed else figures.waiting,
+            prompt_tokens_total=figures.prompt_tokens_total,
+            generation_tokens_total=figures.generation_tokens_total,
+            preemptions_total=figures.preemptions_total,
+            reason=self.reason,
+        )
+
+
+def kv_pages_min(spec: EngineSpec, manifest: Manifest, page_bytes: int) -> int:
+    """Pages of KV that one request of the longest length takes."""
+    layout = KvLayout.choose(ModelSpec.from_dict(manifest.model), manifest.dtype, page_bytes)
+    return layout.pages_for(spec.context_tokens)
+
+
+def weight_views(manifest: Manifest, address: int) -> dict[str, torch.Tensor]:
+    """The image's tensors at `address`, by name; nothing is touched until they are used."""
+    views: dict[str, torch.Tensor] = {}
+    for entry in manifest.tensors:
+        view = view_of(address + entry.offset_bytes, entry.size_bytes)
+        dtype: torch.dtype = getattr(torch, entry.dtype)
+        flat = torch.frombuffer(view, dtype=dtype, count=math.prod(entry.shape))
+        views[entry.name] = flat.view(entry.shape)
+    return views
+
+
+def _limits(spec: EngineSpec, step_tokens: int) -> EngineLimits:
+    try:
+        return EngineLimits(
+            context_tokens=spec.context_tokens,
+            running_requests_max=spec.running_requests_max,
+            waiting_requests_max=spec.waiting_requests_max,
+            step_tokens=max(step_tokens, spec.running_requests_max),
+        )
+    except ValueError as error:
+        raise OptionInvalid(f"{spec.model} cannot be run: {error}") from error
