@@ -1,0 +1,78 @@
+"""A worker's arguments: what is taken, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.worker.errors import FailPointReached, OptionInvalid
+from engine.worker.failpoints import Action, FailPoint, FailPoints, parse_failpoints
+from engine.worker.options import parse_options
+
+BASE = ["--partition", "p0", "--runtime-dir", "/run/x", "--generation", "3"]
+SIZED = [*BASE, "--memory-bytes", str(64 << 20)]
+
+
+def test_arguments_become_options() -> None:
+    options = parse_options([*SIZED, "--threads", "2", "--link-bytes-per-s", "5e9"])
+    assert options.control_socket == Path("/run/x/workers/p0/control.sock")
+    assert options.tokens_socket == Path("/run/x/workers/p0/tokens.sock")
+    assert (options.generation, options.threads, options.link_bytes_per_s) == (3, 2, 5e9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([*BASE, "--memory-bytes", "1"], "--memory-bytes"),
+        ([*SIZED, "--page-bytes", "4096"], "--page-bytes"),
+        ([*SIZED, "--page-bytes", str((2 << 20) + 4096)], "multiple"),
+        ([*SIZED, "--threads", "0"], "--threads"),
+        ([*SIZED, "--step-tokens", "0"], "--step-tokens"),
+        ([*SIZED, "--stage-timeout-s", "nan"], "--stage-timeout-s"),
+        ([*SIZED, "--link-bytes-per-s", "0"], "--link-bytes-per-s"),
+        ([*SIZED, "--partition", "../up"], "--partition"),
+        ([*SIZED, "--runtime-dir", "/" + "x" * 100], "--runtime-dir"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_name(arguments: list[str], named: str) -> None:
+    with pytest.raises(OptionInvalid, match=named):
+        parse_options(arguments)
+
+
+def test_the_program_says_why_it_does_not_start() -> None:
+    command = [sys.executable, "-m", "engine.worker.main", *SIZED, "--threads", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert "--threads is 0" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_fail_points_are_read_by_name() -> None:
+    actions = parse_failpoints("planned=raise,copying=hang")
+    assert actions == {FailPoint.PLANNED: Action.RAISE, FailPoint.COPYING: Action.HANG}
+    assert parse_failpoints("") == {}
+    for wrong in ("nowhere=raise", "planned=explode", "planned"):
+        with pytest.raises(OptionInvalid, match="rolling-back"):
+            parse_failpoints(wrong)
+
+
+def test_a_fail_point_fires_once() -> None:
+    points = FailPoints({FailPoint.EVICTED: Action.RAISE})
+    points.reach(FailPoint.COPIED, hang=pytest.fail)
+    with pytest.raises(FailPointReached, match="evicted"):
+        points.reach(FailPoint.EVICTED, hang=pytest.fail)
+    points.reach(FailPoint.EVICTED, hang=pytest.fail)
+
+
+def test_a_hang_that_is_interrupted_raises_the_interruption() -> None:
+    class Interrupted(Exception):
+        pass
+
+    def hang() -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        FailPoints({FailPoint.EVICTED: Action.HANG}).reach(FailPoint.EVICTED, hang)

@@ -1,0 +1,203 @@
+"""Small parts of the worker: the mailbox, the floor under the KV, the order, the sample."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import random
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from engine.link.control import Exchange, Stage, StageReached
+from engine.worker.errors import Abandoned, StageTimedOut
+from engine.worker.images import Image
+from engine.worker.kv import FlooredKvSpace
+from engine.worker.mailbox import Mailbox, promise
+from engine.worker.order import Order
+from engine.worker.supervision import stage_deadline_s
+from engine.worker.verify import (
+    CHECKSUM_BYTES_MAX,
+    PIECE_BYTES,
+    sampled_pieces,
+    sampled_tensors,
+    verify_weights,
+)
+from swap.arena import PagePool, Region
+from swap.errors import CorruptWeights, InsufficientDeviceMemory
+from swap.host_device import HostDevice
+from swap.transfer import Transfer
+from tests.worker.conftest import Model
+
+PAGE = 2 << 20
+
+
+@pytest.fixture
+def pool() -> Iterator[PagePool]:
+    device = HostDevice(8 * PAGE)
+    yield PagePool(device)
+    device.close()
+
+
+# Mailbox.
+
+
+def test_mail_is_taken_in_order_and_wakes_the_sleeper() -> None:
+    mailbox, taken = Mailbox(), []
+    reader = threading.Thread(target=lambda: (mailbox.wait(None), taken.extend(mailbox.take())))
+    reader.start()
+    mailbox.post(lambda: taken.append("called"))
+    reader.join(5)
+    assert len(taken) == 1
+    for number in range(5):
+        mailbox.post(lambda number=number: taken.append(number))
+    for mail in mailbox.take():
+        mail()
+    assert taken[1:] == [0, 1, 2, 3, 4]
+
+
+def test_a_wake_is_not_lost_when_nobody_sleeps_yet() -> None:
+    mailbox = Mailbox()
+    mailbox.wake()
+    mailbox.wait(None)  # returns, or the test times out
+    assert mailbox.take() == []
+
+
+def test_a_promise_cannot_be_cancelled() -> None:
+    future = promise()
+    assert not future.cancel()
+    future.set_result(3)
+    assert future.result() == 3
+
+
+# KV.
+
+
+def test_pages_under_the_floor_stay_when_the_engine_gives_its_own_back(pool: PagePool) -> None:
+    region = Region(pool, "KV", 8 * PAGE)
+    space = FlooredKvSpace(region)
+    space.set_floor(2)
+    assert (space.pages, space.mapped, pool.free_pages) == (0, 2, 6)
+    assert space.grow(3) == 3
+    assert (space.pages, space.mapped) == (3, 3)
+    space.shrink(3)
+    assert (space.pages, space.mapped, pool.free_pages) == (0, 2, 6)
+    space.set_floor(0)
+    assert (space.mapped, pool.free_pages) == (0, 8)
+    region.release()
+
+
+def test_growing_brings_as_much_as_others_left(pool: PagePool) -> None:
+    region = Region(pool, "KV", 8 * PAGE)
+    space = FlooredKvSpace(region)
+    space.set_floor(1)
+    others = pool.take("others", 5)
+    assert space.grow(8) == 3
+    assert space.grow(1) == 0
+    with pytest.raises(InsufficientDeviceMemory):
+        space.set_floor(4)
+    assert space.mapped == 3
+    pool.give_back("others", others)
+    space.shrink(2)
+    assert space.pages == 1
+    with pytest.raises(ValueError, match="give back"):
+        space.shrink(2)
+    space.set_floor(0)
+    space.shrink(1)
+    region.release()
+    assert pool.free_pages == 8
+
+
+# Order.
+
+
+def make_order(stages: list[StageReached] | None = None) -> Order:
+    request = Exchange(operation="op", drain_timeout_s=7.0)
+    return Order(request, [].append if stages is None else stages.append)
+
+
+def test_the_first_interruption_wins_and_none_has_effect_after_the_seal() -> None:
+    order = make_order()
+    assert order.interrupt(Abandoned("first"))
+    assert order.interrupt(StageTimedOut("second"))
+    with pytest.raises(Abandoned):
+        order.seal()
+    order.reopen()
+    order.check()
+    order.seal()
+    assert not order.interrupt(Abandoned("late"))
+    order.check()
+
+
+def test_an_interruption_ends_a_hang() -> None:
+    order = make_order()
+    threading.Timer(0.01, order.interrupt, [Abandoned("enough")]).start()
+    with pytest.raises(Abandoned, match="enough"):
+        order.hang()
+
+
+def test_stages_are_told_as_they_are_entered() -> None:
+    stages: list[StageReached] = []
+    order = make_order(stages)
+    order.enter(Stage.DRAINING)
+    order.enter(Stage.EVICTING)
+    assert [reached.stage for reached in stages] == [Stage.DRAINING, Stage.EVICTING]
+
+
+def test_deadlines_allow_for_the_drain_and_for_the_link() -> None:
+    order = make_order()
+    assert stage_deadline_s(order, 2.0, 1e9) == 2.0
+    order.enter(Stage.DRAINING)
+    assert stage_deadline_s(order, 2.0, 1e9) == 9.0
+
+
+# Verifying.
+
+
+def test_the_sample_is_bounded_and_reaches_both_ends(prose: Model) -> None:
+    draw = random.Random(0)
+    chosen = sampled_tensors(prose.image.manifest, draw)
+    assert chosen
+    assert sum(entry.size_bytes for entry in chosen) <= CHECKSUM_BYTES_MAX
+    for weights_bytes in (1, 4095, 4096, 10_000, 1 << 20, (1 << 30) + 17):
+        pieces = sampled_pieces(weights_bytes, draw)
+        assert len(pieces) <= 300
+        assert all(start >= 0 and start + count <= weights_bytes for start, count in pieces)
+        assert sum(pieces[-1]) == weights_bytes
+        gaps = [later - start for (start, _), (later, _) in itertools.pairwise(pieces)]
+        assert max(gaps, default=0) <= 2 * max(weights_bytes // 256, PIECE_BYTES)
+
+
+def test_weights_that_differ_in_one_stretch_are_found(prose: Model, pool: PagePool) -> None:
+    digest, descriptor = prose.image.digest, os.dup(prose.image.segment.descriptor)
+    image = Image.attach(pool.device, descriptor, digest)
+    region = Region(pool, "weights", image.manifest.weights_bytes)
+    region.grow(region.pages_max)
+    transfer = Transfer(pool.device, image.manifest, image.source, region)
+    transfer.start()
+    transfer.join()
+    verify_weights(image, region.address, "salt")
+    # A stretch that was never written, as after a copy that stopped short.
+    zeros = bytes(image.manifest.weights_bytes // 4)
+    ctypes.memmove(region.address + image.manifest.weights_bytes // 2, zeros, len(zeros))
+    with pytest.raises(CorruptWeights, match="did not arrive whole"):
+        verify_weights(image, region.address, "salt")
+    region.release()
+    image.close()
+
+
+def test_an_attached_image_keeps_no_descriptor_and_must_be_the_one_named(
+    prose: Model, pool: PagePool
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    image = Image.attach(pool.device, os.dup(prose.image.segment.descriptor), prose.image.digest)
+    assert len(os.listdir("/proc/self/fd")) == before
+    image.close()
+    image.close()
+    with pytest.raises(CorruptWeights, match="holds image"):
+        Image.attach(pool.device, os.dup(prose.image.segment.descriptor), "0" * 64)
+    with pytest.raises(CorruptWeights):
+        Image.attach(pool.device, os.open("/dev/null", os.O_RDONLY), prose.image.digest)
+    assert len(os.listdir("/proc/self/fd")) == before
