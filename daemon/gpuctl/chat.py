@@ -14,8 +14,9 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from urllib.parse import urlsplit
 
 from daemon.gpuctl.console import complain, print_line, print_part
+from daemon.gpuctl.errors import CommandFailed
 from daemon.gpuctl.exits import Exit
-from daemon.gpuctl.session import CommandFailed, Session
+from daemon.gpuctl.session import Session
 
 # A held request may wait for a swap; the gateway answers 503 long before this.
 ANSWER_TIMEOUT_S = 300.0

@@ -56,7 +56,7 @@ InFlightOption = Annotated[
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
-def _group(help_text: str) -> typer.Typer:
+def _group(help_text: str, *, root: bool = False) -> typer.Typer:
     # Plain help: rich takes longer to load than the rest of the program.
     return typer.Typer(
         help=help_text,
@@ -64,13 +64,13 @@ def _group(help_text: str) -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings=SETTINGS,
-        add_completion=False,
+        add_completion=root,
     )
 
 
 def build() -> typer.Typer:
     """The whole tree."""
-    app = _group("Steer the models and GPU partitions of a Hotbay node.")
+    app = _group("Steer the models and GPU partitions of a Hotbay node.", root=True)
     _declare_views(app)
     models = _group("Register and look at models.")
     _declare_models(models)

@@ -2,8 +2,8 @@
 
 JSON is the protobuf JSON mapping of the API's message: lowerCamelCase names, 64-bit integers as
 strings, enum values by name, and fields that are unset or zero written out, so that a program
-always finds them. Tables are drawn by rich from `Text`, never from markup: what a server wrote is
-text. When standard output is not a terminal, no line is wrapped or cut.
+always finds them. On a terminal, tables are drawn by rich from `Text`, never from markup: what a
+server wrote is text. Elsewhere they are plain lines, neither wrapped nor cut.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from google.protobuf.json_format import MessageToDict, MessageToJson
 from google.protobuf.message import Message
@@ -20,9 +21,6 @@ from hotbay.v1 import node_pb2 as node_pb2
 
 from daemon.gpuctl.console import print_line
 from daemon.gpuctl.text import one_line
-
-# Wide enough for any table; rich pads nothing to it.
-UNLIMITED_COLUMNS = 100_000
 
 STYLES = {
     "ACTIVE": "green",
@@ -66,18 +64,39 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], empty:
     if not rows:
         print_line(empty)
         return
-    # rich takes longer to load than most commands take to answer.
+    cells = [[one_line(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        _print_for_a_terminal(columns, cells)
+    else:
+        for line in plain_table(columns, cells):
+            print_line(line)
+
+
+def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as aligned lines of any width, for pipes and files."""
+    lines = [[column.heading for column in columns], *rows]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column.right else cell.ljust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _print_for_a_terminal(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    """A table folded to the terminal's width, with states in colour."""
+    # Only a terminal has use for it, and it takes longer to load than most commands to answer.
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    width = None if sys.stdout.isatty() else UNLIMITED_COLUMNS
-    console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(
-            Text(column.heading), justify="right" if column.right else "left", overflow="fold"
-        )
+        justify: Literal["left", "right"] = "right" if column.right else "left"
+        table.add_column(Text(column.heading), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(one_line(cell), style=STYLES.get(cell, "")) for cell in row))
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
     console.print(table)

@@ -18,6 +18,7 @@ from hotbay.endpoints import default_endpoint
 from hotbay.errors import HotbayError, OperationFailed
 
 from daemon.gpuctl.console import complain
+from daemon.gpuctl.errors import CommandFailed
 from daemon.gpuctl.exits import Exit, exit_of
 from daemon.gpuctl.suggest import did_you_mean
 
@@ -33,14 +34,6 @@ class Output(StrEnum):
 
     TABLE = "table"
     JSON = "json"
-
-
-class CommandFailed(Exception):
-    """A command failed on its own account; the message is for people."""
-
-    def __init__(self, message: str, code: Exit) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def endpoint_or_default(endpoint: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class ScriptedGateway:
-    """Start it; set `status`, `body`, `pieces` and `done` to say what it is to answer."""
+    """Start it; its attributes say what it is to answer."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
@@ -17,6 +17,7 @@ class ScriptedGateway:
         self.headers: dict[str, str] = {}
         self.body: dict[str, Any] = {}
         self.pieces: list[str] = []
+        self.error_event: dict[str, Any] = {}
         self.done = True
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.address = f"127.0.0.1:{self._server.server_address[1]}"
@@ -48,7 +49,9 @@ class ScriptedGateway:
                 for piece in gateway.pieces:
                     choice = {"delta": {"content": piece}} if chat else {"text": piece}
                     self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
-                if gateway.done:
+                if gateway.error_event:
+                    self.wfile.write(f"data: {json.dumps(gateway.error_event)}\n\n".encode())
+                elif gateway.done:
                     self.wfile.write(b"data: [DONE]\n\n")
 
             def log_message(self, format: str, *args: object) -> None:

@@ -78,6 +78,8 @@ class ScriptedNode:
         self.socket = socket
         self.endpoint = f"unix:{socket}"
         self.requests: list[Message] = []
+        # The names of the methods called, in order.
+        self.calls: list[str] = []
         # By method name: refuse every call of it.
         self.refusals: dict[str, Refusal] = {}
         # How operations end: None well, a Refusal with it, and at which stage.
@@ -155,6 +157,9 @@ class ScriptedNode:
 
     def take(self, method: str, request: Message, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
+        with self.changed:
+            self.calls.append(method)
+            self.changed.notify_all()
         if refusal := self.refusals.get(method):
             context.abort_with_status(rpc_status.to_status(refusal.status()))
 
