@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -219,6 +221,8 @@ def main() -> int:
     parser.add_argument("--swaps", type=int, default=12, help="how many (default 12)")
     arguments = parser.parse_args()
     started_s = time.monotonic()
+    # Whoever ends the demo ends its node with it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     node = LocalNode(
         Path(tempfile.mkdtemp(prefix="hotbay-demo-")),
         repository=REPOSITORY,
@@ -236,6 +240,10 @@ def main() -> int:
     finally:
         if not (arguments.keep and right):
             node.stop()
+        if right and not arguments.keep:
+            shutil.rmtree(node.directory)
+        elif not right:
+            console.print(f"The logs are in {node.directory}")
     if arguments.keep and right:
         # A daemon may be replaced under its node: the new one swaps by itself on demand.
         node.config["scheduling"]["swap_on_demand"] = True
