@@ -117,7 +117,7 @@ def _declare_views(app: typer.Typer) -> None:
             typer.Option(help="model, partition, operation, process or gpu; repeatable."),
         ] = None,
         resume: Annotated[
-            str, typer.Option(metavar="TOKEN", help="Go on after the event with this token.")
+            str, typer.Option(metavar="TOKEN", help="Follow from the event with this token.")
         ] = "",
     ) -> None:
         """What there is, and with -f what changes."""

@@ -18,13 +18,13 @@ from daemon.gpuctl.text import one_line, word
 
 
 def events(session: Session, *, follow: bool, kinds: Sequence[str], resume_token: str) -> None:
-    """`gpuctl events`."""
+    """`gpuctl events`. Events after a token have no end, so resuming means to follow."""
     for event in session.client.watch(kinds, resume_token=resume_token):
         if session.json:
             print_json_line(event)
         else:
             print_line(event_line(event))
-        if event.type == watch_pb2.EVENT_TYPE_SYNCED and not follow:
+        if event.type == watch_pb2.EVENT_TYPE_SYNCED and not follow and not resume_token:
             return
 
 

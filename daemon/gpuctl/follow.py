@@ -11,6 +11,7 @@ from collections.abc import Callable
 from google.longrunning.operations_proto_pb2 import Operation
 from hotbay.errors import OperationFailed
 from hotbay.operations import PREFIX, operation_response
+from hotbay.status import operation_error
 from hotbay.v1 import common_pb2, model_pb2
 
 from daemon.gpuctl.console import complain, print_line
@@ -73,7 +74,10 @@ def _begun(session: Session, operation: Operation, undo: Undo) -> None:
 
 
 def show_plan(session: Session, operation: Operation) -> None:
-    """The plan that a dry run answered with."""
+    """The plan that a dry run answered with. Raises OperationFailed for one that cannot be."""
+    failure = operation_error(operation)
+    if failure is not None:
+        raise failure
     if session.json:
         print_json(operation)
         return

@@ -58,6 +58,14 @@ def test_a_dry_run_shows_the_plan_and_changes_nothing(node: ScriptedNode, gpuctl
     assert node.operations == {}
 
 
+def test_a_dry_run_that_finds_it_cannot_be_says_so(node: ScriptedNode, gpuctl: Run) -> None:
+    refusal = Refusal(Reason.INSUFFICIENT_DEVICE_MEMORY, "1 GiB is missing")
+    node.plan_error = refusal
+    done = gpuctl("swap", "prose", "code", "--dry-run")
+    assert (done.code, done.out) == (7, "")
+    assert "1 GiB is missing" in done.err
+
+
 def test_without_waiting_the_name_alone_is_the_answer(node: ScriptedNode, gpuctl: Run) -> None:
     node.held = True
     done = gpuctl("swap", "prose", "code", "--no-wait")

@@ -216,13 +216,22 @@ def snapshot() -> list[watch_pb2.WatchEvent | Refusal]:
 
 def test_events_without_follow_end_with_the_snapshot(node: ScriptedNode, gpuctl: Run) -> None:
     node.watches = [snapshot()]
-    done = gpuctl("events", "--kind", "model", "--kind", "gpu", "--resume", "t0")
+    done = gpuctl("events", "--kind", "model", "--kind", "gpu")
     assert done.code == 0
     present, synced = done.out.splitlines()
     assert present.split()[1:] == ["present", "model", "prose@1", "prose@1", "is", r"ACTIVE\x1b[1m"]
     assert synced.split()[1:] == ["synced"]
     request = node.last(watch_pb2.WatchRequest)
-    assert (list(request.kinds), request.resume_token) == (["model", "gpu"], "t0")
+    assert (list(request.kinds), request.resume_token) == (["model", "gpu"], "")
+
+
+def test_events_after_a_token_are_followed(node: ScriptedNode, gpuctl: Run) -> None:
+    changed = watch_pb2.WatchEvent(type=watch_pb2.EVENT_TYPE_CHANGED, resume_token="t2", name="x")
+    node.watches = [[*snapshot(), changed, Refusal(Reason.INVALID_ARGUMENT, "enough")]]
+    done = gpuctl("events", "--resume", "t0")
+    assert done.code == 2  # the script's end, as nothing else ends it
+    assert done.out.splitlines()[-1].split()[1:] == ["changed", "x"]
+    assert node.last(watch_pb2.WatchRequest).resume_token == "t0"
 
 
 def test_events_in_json_are_one_message_a_line(node: ScriptedNode, gpuctl: Run) -> None:

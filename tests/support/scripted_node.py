@@ -85,6 +85,8 @@ class ScriptedNode:
         # How operations end: None well, a Refusal with it, and at which stage.
         self.outcome: Refusal | None = None
         self.end_stage = model_pb2.OPERATION_STAGE_COMMITTED
+        # What a dry run of a swap finds wrong.
+        self.plan_error: Refusal | None = None
         # Whether operations end at once, or when `release` is called.
         self.held = False
         self.response_state = common_pb2.MODEL_STATE_ACTIVE
@@ -278,6 +280,8 @@ class ModelAnswers(Answers, model_pb2_grpc.ModelServiceServicer):
             partition=request.partition or PARTITION, outgoing=request.outgoing,
             incoming=request.incoming, plan=plan(request),
         )  # fmt: skip
+        if request.validate_only and self.node.plan_error is not None:
+            return Operation(done=True, error=self.node.plan_error.status())
         if request.validate_only:
             return Operation(done=True, response=packed(response))
         response.ledger.CopyFrom(ledger())
