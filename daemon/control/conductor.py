@@ -9,6 +9,7 @@ line.
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import msgspec
@@ -22,6 +23,8 @@ from daemon.control.records import Cause, Intent, Kind, Operation, Plan, Result,
 from daemon.control.transitions import Transitions
 from daemon.control.world import World
 from swap.errors import InsufficientDeviceMemory
+
+READY_WAIT_S = 10.0
 
 
 class Conductor:
@@ -49,7 +52,7 @@ class Conductor:
         With `validate_only` the answer is a finished operation without a name that holds the plan.
         Raises ControlError or SwapError when the wish cannot be met as things stand.
         """
-        self.admit(wish.cause)
+        await self.admit(wish.cause)
         if not validate_only:
             existing = await self._operations.replay(request)
             if existing is not None:
@@ -72,12 +75,19 @@ class Conductor:
             )
         return await self._operations.begin(request, intent, plan, claims(intent), self.run)
 
-    def admit(self, cause: Cause = Cause.API) -> None:
-        """Raises Refused while nothing may be begun."""
-        if self._world.stopping:
+    async def admit(self, cause: Cause = Cause.API) -> None:
+        """Wait for a starting daemon. Raises Refused (RECONCILING, DAEMON_DRAINING)."""
+        world = self._world
+        if not world.ready and not world.stopping and cause is not Cause.RECOVERY:
+            try:
+                async with asyncio.timeout(READY_WAIT_S):
+                    await world.became_ready.wait()
+            except TimeoutError:
+                raise Refused(
+                    "the daemon is still finding out what runs here", reason="RECONCILING"
+                ) from None
+        if world.stopping:
             raise Refused("the daemon is stopping", reason="DAEMON_DRAINING")
-        if not self._world.ready and cause is not Cause.RECOVERY:
-            raise Refused("the daemon is finding out what runs here", reason="RECONCILING")
 
     async def run(self, handle: Handle) -> Outcome:
         """Carry an operation out, now that it holds its claims."""
@@ -135,6 +145,8 @@ class Conductor:
             most = world.config.scheduling.max_active_models
             plan = place(views, incoming, most, build_bytes)
             standby = not plan.partition
+            if standby and intent.cause is Cause.DEMAND:
+                raise Refused(plan.note, reason="INSUFFICIENT_DEVICE_MEMORY")
             intent = msgspec.structs.replace(intent, partition=plan.partition, standby=standby)
         return intent, msgspec.structs.replace(plan, host_evictions=evictions)
 

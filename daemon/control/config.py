@@ -133,6 +133,8 @@ class Config(Section):
     scheduling: Scheduling = Scheduling()
     gateway: Gateway = Gateway()
     limits: Limits = Limits()
+    failpoints: str = ""
+    """For tests: `name=action,...`, see daemon.control.failpoints. Also HOTBAY_FAILPOINTS."""
 
     @property
     def state_dir(self) -> Path:
@@ -200,7 +202,8 @@ def _complete(config: Config, environment: Mapping[str, str]) -> Config:
         }
     )
     store = HostStore(budget_bytes=config.host_store.budget_bytes or memory // 2)
-    return config.model_copy(update={"node": node, "host_store": store})
+    failpoints = environment.get("HOTBAY_FAILPOINTS", "") or config.failpoints
+    return config.model_copy(update={"node": node, "host_store": store, "failpoints": failpoints})
 
 
 def _explain(error: ValidationError) -> list[str]:

@@ -8,6 +8,7 @@ landing there and its worker takes requests for it; it is taken out before that 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class World:
         self.partitions = {each.id: each for each in partitions}
         self.gpus = gpus
         self.processes: Processes
-        self.ready = False
+        self.became_ready = asyncio.Event()
         self.stopping = False
         self.warnings: list[str] = []
         self.placements: dict[str, Placement] = {}
@@ -74,6 +75,11 @@ class World:
         self.refusals: dict[str, Refusal] = {}
         self.held: dict[str, ModelDemand] = {}
         self.overhead_ms: dict[str, float] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether recovery is through."""
+        return self.became_ready.is_set()
 
     # Workers.
 
@@ -190,7 +196,4 @@ class World:
     def refusal(self, key: str) -> Failure | None:
         """Why requests for a model are refused for now."""
         found = self.refusals.get(key)
-        if found is not None and found.until_s <= time.monotonic():
-            del self.refusals[key]
-            return None
         return found.failure if found is not None else None

@@ -1,0 +1,62 @@
+"""How the gateway and the workers are started: their command lines, from the configuration.
+
+The command line is everything a child knows; nothing is passed through the environment. An address
+with port 0 is chosen once: a gateway that is started again listens where the first one did.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from daemon.control.config import Config
+from daemon.control.place import Commands
+from partitioner.partition import Partition
+
+
+def commands(
+    config: Config,
+    partitions: dict[str, Partition],
+    listening: Callable[[], tuple[str, str]],
+    log_dir: Path | None,
+) -> Commands:
+    """Command lines by generation. `listening` is where a gateway was found, or empty strings."""
+    worker = config.worker
+    cores = len(os.sched_getaffinity(0))
+    threads = worker.threads or max(1, cores // max(1, len(partitions)))
+
+    def gateway(generation: int) -> list[str]:
+        http, grpc = listening()
+        settings = {"generation": generation, "body_bytes_max": config.gateway.body_bytes_max}
+        return [
+            *(sys.executable, "-m", "daemon.gateway.main"),
+            *("--runtime-dir", str(config.runtime_dir)),
+            *("--http", http or config.node.http),
+            *("--grpc", grpc or config.node.grpc),
+            *("--config-json", msgspec.json.encode(settings).decode()),
+        ]
+
+    def start_worker(partition: str, generation: int) -> list[str]:
+        simulated = bool(config.node.simulate)
+        memory = worker.memory_bytes if simulated else partitions[partition].memory_bytes
+        throttle = (
+            ("--link-bytes-per-s", repr(worker.link_bytes_per_s)) if worker.link_bytes_per_s else ()
+        )
+        return [
+            *(sys.executable, "-m", "engine.worker.main"),
+            *("--partition", partition),
+            *("--runtime-dir", str(config.runtime_dir)),
+            *("--generation", str(generation)),
+            *("--device", "host"),
+            *("--memory-bytes", str(memory)),
+            *("--page-bytes", str(worker.page_bytes)),
+            *("--threads", str(threads)),
+            *("--step-tokens", str(worker.step_tokens)),
+            *throttle,
+        ]
+
+    return Commands(config.runtime_dir, log_dir, gateway, start_worker)

@@ -1,0 +1,107 @@
+"""`hotbayd`: flags, the lock, the event loop, exit codes.
+
+Exit codes: 0 after SIGTERM or SIGINT, 2 for a refused configuration, 3 when what is needed to start
+is missing, 4 when another daemon uses the directories. A first SIGTERM lets requests end and ends
+every process; a second one does so at once. SIGHUP is ignored: restarting disturbs no traffic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import uvloop
+
+from daemon.control.config import load
+from daemon.control.errors import AlreadyRunning, ConfigInvalid, ControlError
+from daemon.control.lock import DirectoryLock
+from daemon.control.notify import Notifier
+from partitioner.errors import PartitionerError
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+EXIT_CONFIG = 2
+EXIT_START = 3
+EXIT_LOCKED = 4
+FLAGS = ("simulate", "repository", "state_dir", "runtime_dir", "http", "grpc")
+
+log = logging.getLogger(__name__)
+
+
+def version() -> str:
+    """The installed distribution's version, or `0` in a bare checkout."""
+    try:
+        return importlib.metadata.version("hotbay")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; ends the process with code 2 when it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="hotbayd",
+        description="Packs many models on few GPUs and swaps them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration, TOML")
+    parser.add_argument("--simulate", metavar="BOARD|FILE", help="such as h200x1, or a YAML file")
+    parser.add_argument("--repository", metavar="DIR", help="models, as DIR/name/version/")
+    parser.add_argument("--state-dir", metavar="DIR", help="the journal and logs")
+    parser.add_argument("--runtime-dir", metavar="DIR", help="sockets")
+    parser.add_argument("--http", metavar="HOST:PORT", help="the OpenAI API")
+    parser.add_argument("--grpc", metavar="HOST:PORT", help="inference over gRPC")
+    parser.add_argument("--version", action="version", version=f"hotbayd {version()}")
+    return parser.parse_args(arguments)
+
+
+@contextlib.contextmanager
+def simulated(argument: str) -> Iterator[None]:
+    """Let NVML be the simulated one where one is asked for."""
+    if not argument:
+        yield
+        return
+    from partitioner.simulated.install import installed
+    from partitioner.simulated.node import SimulatedNode
+    from partitioner.simulation import parse_simulate
+
+    with installed(SimulatedNode(parse_simulate(argument))):
+        yield
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; the process's exit code."""
+    parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO, stream=sys.stderr)
+    # Children are executed at once and never use gRPC's state, so its handlers of forks are only in
+    # the way; gRPC reads this when it is imported, which is why that comes afterwards.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    from daemon.control.lifetime import serve
+
+    try:
+        config = load(parsed.config, {name: getattr(parsed, name) or "" for name in FLAGS})
+        with contextlib.ExitStack() as stack:
+            for directory in dict.fromkeys((config.state_dir, config.runtime_dir)):
+                stack.callback(DirectoryLock.acquire(directory).release)
+            stack.enter_context(simulated(config.node.simulate))
+            runner = stack.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
+            runner.run(serve(config, Notifier(os.environ), version()))
+    except ConfigInvalid as error:
+        log.error("%s", error)
+        return EXIT_CONFIG
+    except AlreadyRunning as error:
+        log.error("%s", error)
+        return EXIT_LOCKED
+    except (ControlError, PartitionerError) as error:
+        log.error("cannot start: %s", error)
+        return EXIT_START
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

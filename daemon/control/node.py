@@ -1,0 +1,287 @@
+"""The daemon's parts put together, and what happens when processes come and go.
+
+It owns the order of starting and stopping and hands the fleet's events to the parts they concern.
+It decides nothing itself. The invariant: nothing about models is changed before recovery is
+through, and a daemon that is killed at any point leaves gateway and workers serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from google.longrunning import operations_proto_pb2 as longrunning
+from google.protobuf.message import Message
+from hotbay.v1 import (
+    model_pb2,
+    node_pb2,
+    partition_pb2,
+    scheduling_pb2,
+    tenant_pb2,
+    watch_pb2,
+)
+
+from daemon.control import answers, views
+from daemon.control.builder_client import Builder
+from daemon.control.commands import commands
+from daemon.control.conductor import Conductor
+from daemon.control.config import Config
+from daemon.control.custody import Custody
+from daemon.control.demand_loop import DemandLoop
+from daemon.control.failpoints import FailPoints, parse_failpoints
+from daemon.control.fleet import Fleet
+from daemon.control.gateway_client import GatewayClient
+from daemon.control.images import Images
+from daemon.control.journal import Contents, Journal
+from daemon.control.metrics import Metrics
+from daemon.control.notify import Notifier
+from daemon.control.operations import Operations
+from daemon.control.records import Operation
+from daemon.control.recovery import Recovery
+from daemon.control.registry import Registry
+from daemon.control.routing import Router
+from daemon.control.services.models import ModelService
+from daemon.control.services.nodes import NodeService, PartitionService
+from daemon.control.services.operations import OperationsService, WatchService
+from daemon.control.services.server import Server
+from daemon.control.transitions import Transitions
+from daemon.control.watch import Hub
+from daemon.control.worker_client import WorkerClient
+from daemon.control.world import World
+from engine.link.control import WorkerState
+from engine.link.routes import Demand
+from partitioner.bounded import BoundedNvml
+from partitioner.errors import PartitionerError
+from partitioner.gpu import Gpu
+from partitioner.partition import whole_partitions
+from swap.store import HostStore
+
+log = logging.getLogger(__name__)
+
+
+class Node:
+    """One hotbayd, from `start` to `stop`; also what the fleet reports to."""
+
+    def __init__(
+        self,
+        config: Config,
+        notifier: Notifier,
+        nvml: BoundedNvml,
+        gpus: tuple[Gpu, ...],
+        journal: Journal,
+        contents: Contents,
+        version: str,
+    ) -> None:
+        self._config = config
+        self._notifier = notifier
+        self._nvml = nvml
+        self._contents = contents
+        registry = Registry(Builder.start, config.worker.dtype, config.limits.models_max)
+        registry.restore(contents)
+        store = HostStore(config.host_store.budget_bytes)
+        self.world = world = World(config, registry, store, whole_partitions(gpus), gpus)
+        world.placements = {each.model: each for each in contents.placements}
+        if contents.warning:
+            world.warnings.append(contents.warning)
+        self._listening = ("", "")
+        log_dir = config.state_dir / "log"
+        log_dir.mkdir(mode=0o700, exist_ok=True)
+        argument_lists = commands(config, world.partitions, lambda: self._listening, log_dir)
+        self.fleet = Fleet(argument_lists, tuple(world.partitions), self)
+        world.processes = self.fleet
+        self._journal = journal
+        self._custody = Custody(notifier)
+        self._metrics = Metrics(world)
+        failpoints = FailPoints(parse_failpoints(config.failpoints))
+        self._hub = Hub(self._snapshot, config.limits)
+        self._operations = Operations(journal, config.limits, self._operation_changed)
+        self._router = Router(world)
+        self._images = Images(world, Builder.start, self._custody, failpoints)
+        transitions = Transitions(
+            world, self._images, self._router, journal, failpoints, self._metrics.exchanged
+        )
+        self._conductor = Conductor(world, self._images, self._operations, transitions, failpoints)
+        self._demand = DemandLoop(world, self._conductor, self._operations, self._router)
+        self._recovery = Recovery(
+            world,
+            journal,
+            self._operations,
+            self._images,
+            self._conductor,
+            transitions,
+            self._router,
+        )
+        self._server = self._make_server(version)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _make_server(self, version: str) -> Server:
+        world, operations = self.world, self._operations
+        models = model_pb2.DESCRIPTOR.services_by_name
+        services = {
+            node_pb2.DESCRIPTOR.services_by_name["NodeService"]: NodeService(
+                world, operations, version, self._discover, lambda: self._listening
+            ),
+            partition_pb2.DESCRIPTOR.services_by_name["PartitionService"]: PartitionService(
+                world, operations
+            ),
+            models["ModelService"]: ModelService(world, operations, self._conductor, self._router),
+            watch_pb2.DESCRIPTOR.services_by_name["WatchService"]: WatchService(self._hub),
+            longrunning.DESCRIPTOR.services_by_name["Operations"]: OperationsService(operations),
+            scheduling_pb2.DESCRIPTOR.services_by_name["SchedulingService"]: None,
+            tenant_pb2.DESCRIPTOR.services_by_name["TenantService"]: None,
+        }
+        limit = self._config.limits.request_bytes_max
+        return Server(self._config.control_socket, services, limit)
+
+    # Starting and stopping.
+
+    async def start(self) -> None:
+        """Serve the API, find or start every process, recover, and open for business."""
+        world, config = self.world, self._config
+        open_operations = self._operations.restore(self._contents.operations)
+        await self._server.start()
+        scan = asyncio.create_task(self._scan(), name="scan")
+        try:
+            await self.fleet.start()
+            await scan
+        finally:
+            scan.cancel()
+        for digest in self._images.adopt(await self._custody.recover()):
+            await self._custody.drop(digest)
+        for digest in world.store.trim():
+            await self._custody.drop(digest)
+        await self._recovery.settle(open_operations)
+        self._router.enabled = True
+        await self._router.publish()
+        self._tasks = [
+            asyncio.create_task(self._images.spread(), name="spread"),
+            asyncio.create_task(self._demand.run(), name="demand"),
+        ]
+        world.became_ready.set()
+        for client in list(self.fleet.workers.values()):
+            self._recovery.restore(client)
+        await self._images.keep_all()
+        await self._server.set_serving(True)
+        self._hub.refresh_soon()
+        count = len(world.registry.versions())
+        self._notifier.ready(f"{len(world.partitions)} partitions, {count} model versions")
+        log.info("ready on %s; HTTP on %s", config.control_socket, self._listening[0])
+
+    async def stop(self, drain_timeout_s: float) -> None:
+        """Take nothing new, let requests end, end every process, and close up."""
+        self._notifier.stopping()
+        self.world.stopping = True
+        await self._server.set_serving(False)
+        await self._close_parts()
+        await self.fleet.stop(drain_timeout_s)
+        await self._close_files()
+
+    async def detach(self) -> None:
+        """Close up and leave every process serving."""
+        self.world.stopping = True
+        await self._close_parts()
+        await self.fleet.detach()
+        await self._close_files()
+
+    async def _close_parts(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._hub.close()
+        await self._operations.stop()
+
+    async def _close_files(self) -> None:
+        await self._server.stop()
+        await self._journal.close()
+        await self._nvml.close()
+        self.world.store.close()
+
+    async def _scan(self) -> None:
+        if self._config.node.repository:
+            changes = await self.world.registry.scan(Path(self._config.node.repository))
+            await self._journal.commit(changes)
+
+    async def _discover(self) -> tuple[Gpu, ...]:
+        try:
+            return await self._nvml.discover()
+        except PartitionerError as error:
+            log.warning("GPUs cannot be read: %s", error)
+            return self.world.gpus
+
+    # What the fleet tells.
+
+    async def worker_up(self, client: WorkerClient, adopted: bool) -> None:
+        """A worker is connected; before recovery this is only noted, by the fleet itself."""
+        if self.world.ready and not self.world.stopping:
+            await self._recovery.adopt(client)
+            self._recovery.restore(client)
+            self._router.publish_soon()
+        self._hub.refresh_soon()
+
+    async def worker_down(self, partition: str, reason: str) -> None:
+        """A worker is gone: its models' requests are held until they are back."""
+        world = self.world
+        for key in [key for key, where in world.serving.items() if where == partition]:
+            world.withhold(key)
+        self._images.worker_down(partition)
+        self._router.publish_soon()
+        self._hub.refresh_soon()
+
+    async def worker_state(self, state: WorkerState) -> None:
+        """A worker reported."""
+        self._demand.wake()
+        self._hub.refresh_soon()
+
+    async def gateway_up(self, client: GatewayClient, adopted: bool) -> None:
+        """A gateway is connected; a new one gets the table and every descriptor."""
+        self._listening = (client.state.http, client.state.grpc)
+        self._custody.gateway = client
+        self._router.connect(client)
+        if self.world.ready:
+            await self._router.publish()
+            await self._images.keep_all()
+        self._hub.refresh_soon()
+
+    async def gateway_down(self, reason: str) -> None:
+        """The gateway is gone, and what it held with it."""
+        self._custody.gateway = None
+        self._router.connect(None)
+        self.world.held = {}
+        self._hub.refresh_soon()
+
+    async def demand(self, demand: Demand) -> None:
+        """The gateway says what it holds."""
+        self._demand.held(demand)
+
+    async def metrics(self) -> str:
+        """What the gateway shows beside its own."""
+        return self._metrics.text()
+
+    # What the watch shows.
+
+    def _operation_changed(self, record: Operation) -> None:
+        if record.done:
+            self._metrics.operation_ended(record)
+            self._demand.wake()
+        self._hub.changed("operation", record.name, answers.operation(record))
+        self._hub.refresh_soon()
+
+    def _snapshot(self) -> Mapping[str, Mapping[str, Message]]:
+        world = self.world
+        return {
+            "gpu": {gpu.uuid: views.gpu(world, gpu) for gpu in world.gpus if gpu.uuid},
+            "process": {
+                " ".join(filter(None, (info.role, info.partition))): views.process(info)
+                for info in self.fleet.processes()
+            },
+            "partition": {
+                key: views.partition(world, each, self._operations.holder(f"partition:{key}"))
+                for key, each in world.partitions.items()
+            },
+            "model": {name: views.model(world, name) for name in world.registry.names()},
+            "operation": {
+                record.name: answers.operation(record) for record in self._operations.all()
+            },
+        }

@@ -1,0 +1,133 @@
+"""hotbay.v1.ModelService: registering, listing, and the wishes that move models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hotbay.v1 import model_pb2
+
+from daemon.control import answers, views
+from daemon.control.conductor import Conductor
+from daemon.control.failures import Failed
+from daemon.control.operations import Handle, Operations, Outcome
+from daemon.control.records import Intent, Kind, Plan, Result
+from daemon.control.routing import Router
+from daemon.control.services import requests
+from daemon.control.world import World
+
+
+class ModelService:
+    """The methods that work now; the server answers the others as not implemented."""
+
+    def __init__(
+        self, world: World, operations: Operations, conductor: Conductor, router: Router
+    ) -> None:
+        self._world = world
+        self._operations = operations
+        self._conductor = conductor
+        self._router = router
+
+    async def RegisterModel(self, request: model_pb2.RegisterModelRequest) -> model_pb2.Model:
+        await self._conductor.admit()
+        registry, directory = self._world.registry, Path(request.directory)
+        requests.required("name", request.name)
+        requests.required("directory", request.directory)
+
+        async def run(handle: Handle) -> Outcome:
+            version = await registry.register(request.name, directory, request.version)
+            put = registry.put(version)
+            self._router.publish_soon()
+            return Outcome(Result(version.key, "COLD"), (put,))
+
+        if request.validate_only:
+            version = await registry.register(request.name, directory, request.version)
+            found = views.version(self._world, version)
+            return model_pb2.Model(name=request.name, versions=[found])
+        asked = requests.identity("RegisterModel", request)
+        if await self._operations.replay(asked) is None:
+            registry.check(request.name, directory, request.version)
+        operation = await self._operations.begin(
+            asked,
+            Intent(Kind.REGISTER, incoming=request.name),
+            Plan(),
+            (f"model:{request.name}",),
+            run,
+        )
+        operation = await self._operations.wait(operation.name, None)
+        if operation.failure is not None:
+            raise Failed(operation.failure)
+        return views.model(self._world, request.name)
+
+    async def ListModels(
+        self, request: model_pb2.ListModelsRequest
+    ) -> model_pb2.ListModelsResponse:
+        names, token = requests.page(
+            self._world.registry.names(), str, request.page_size, request.page_token
+        )
+        models = [views.model(self._world, name) for name in names]
+        return model_pb2.ListModelsResponse(models=models, next_page_token=token)
+
+    async def GetModel(self, request: model_pb2.GetModelRequest) -> model_pb2.Model:
+        requests.required("name", request.name)
+        return views.model(self._world, self._world.registry.resolve(request.name).name)
+
+    async def LoadModel(self, request: model_pb2.LoadModelRequest) -> Any:
+        requests.required("model", request.model)
+        intent = Intent(
+            Kind.LOAD,
+            partition=request.partition,
+            incoming=request.model,
+            standby=request.standby,
+        )
+        return await self._submit("LoadModel", request, intent)
+
+    async def UnloadModel(self, request: model_pb2.UnloadModelRequest) -> Any:
+        requests.required("model", request.model)
+        intent = Intent(
+            Kind.UNLOAD,
+            outgoing=(request.model,),
+            in_flight=requests.policy(request, self._world.config.scheduling),
+            drain_timeout_s=self._drain_timeout_s(request),
+            evict=request.evict,
+        )
+        return await self._submit("UnloadModel", request, intent)
+
+    async def SwapModel(self, request: model_pb2.SwapModelRequest) -> Any:
+        requests.required("outgoing", request.outgoing)
+        requests.required("incoming", request.incoming)
+        intent = Intent(
+            Kind.SWAP,
+            partition=request.partition,
+            outgoing=(request.outgoing,),
+            incoming=request.incoming,
+            in_flight=requests.policy(request, self._world.config.scheduling),
+            drain_timeout_s=self._drain_timeout_s(request),
+        )
+        return await self._submit("SwapModel", request, intent)
+
+    async def DrainModel(self, request: model_pb2.DrainModelRequest) -> Any:
+        requests.required("model", request.model)
+        intent = Intent(
+            Kind.DRAIN,
+            outgoing=(request.model,),
+            in_flight=requests.policy(request, self._world.config.scheduling),
+            drain_timeout_s=self._drain_timeout_s(request),
+        )
+        return await self._submit("DrainModel", request, intent)
+
+    async def ResumeModel(self, request: model_pb2.ResumeModelRequest) -> Any:
+        requests.required("model", request.model)
+        return await self._submit(
+            "ResumeModel", request, Intent(Kind.RESUME, incoming=request.model)
+        )
+
+    async def _submit(self, method: str, request: Any, intent: Intent) -> Any:
+        operation = await self._conductor.submit(
+            requests.identity(method, request), intent, validate_only=request.validate_only
+        )
+        return answers.operation(operation)
+
+    def _drain_timeout_s(self, request: Any) -> float:
+        default_s = self._world.config.scheduling.drain_timeout_s
+        return requests.timeout_s("drain_timeout", request, default_s)

@@ -1,0 +1,98 @@
+"""hotbay.v1.NodeService and PartitionService: what this host has, and how it is."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Awaitable, Callable
+
+from hotbay.v1 import node_pb2, partition_pb2
+
+from daemon.control import views
+from daemon.control.answers import timestamp
+from daemon.control.errors import Refused
+from daemon.control.notify import boot_id
+from daemon.control.operations import Operations
+from daemon.control.services import requests
+from daemon.control.world import World
+from partitioner.gpu import Gpu, GpuHealth
+
+
+class NodeService:
+    """`discover` reads the GPUs again; `addresses` is where the gateway listens, HTTP and gRPC."""
+
+    def __init__(
+        self,
+        world: World,
+        operations: Operations,
+        version: str,
+        discover: Callable[[], Awaitable[tuple[Gpu, ...]]],
+        addresses: Callable[[], tuple[str, str]],
+    ) -> None:
+        self._world = world
+        self._operations = operations
+        self._version = version
+        self._discover = discover
+        self._addresses = addresses
+        self._started_s = time.time()
+
+    async def GetNode(self, request: node_pb2.GetNodeRequest) -> node_pb2.Node:
+        world = self._world
+        # Empty until recovery is through: whoever waits for an address waits for a ready node.
+        http, grpc_address = self._addresses() if world.ready else ("", "")
+        return node_pb2.Node(
+            hostname=socket.gethostname(),
+            version=self._version,
+            boot_id=boot_id(),
+            start_time=timestamp(self._started_s),
+            simulated=bool(world.config.node.simulate),
+            driver_version=next((gpu.driver_version for gpu in world.gpus), ""),
+            host_store=views.host_store(world),
+            processes=[views.process(each) for each in world.processes.processes()],
+            http_address=http,
+            grpc_address=grpc_address,
+            warnings=world.warnings,
+            operations_running=self._operations.open_count,
+        )
+
+    async def ListGpus(self, request: node_pb2.ListGpusRequest) -> node_pb2.ListGpusResponse:
+        self._world.gpus = await self._discover()
+        lost = [gpu for gpu in self._world.gpus if gpu.health is not GpuHealth.OK]
+        return node_pb2.ListGpusResponse(
+            gpus=[views.gpu(self._world, gpu) for gpu in self._world.gpus],
+            unreachable=[gpu.uuid for gpu in lost if gpu.uuid],
+        )
+
+
+class PartitionService:
+    """What the partitions are and hold. Changing the layout is not implemented."""
+
+    def __init__(self, world: World, operations: Operations) -> None:
+        self._world = world
+        self._operations = operations
+
+    async def ListPartitions(
+        self, request: partition_pb2.ListPartitionsRequest
+    ) -> partition_pb2.ListPartitionsResponse:
+        ids, token = requests.page(
+            list(self._world.partitions), str, request.page_size, request.page_token
+        )
+        return partition_pb2.ListPartitionsResponse(
+            partitions=[self._partition(each) for each in ids], next_page_token=token
+        )
+
+    async def GetPartition(
+        self, request: partition_pb2.GetPartitionRequest
+    ) -> partition_pb2.Partition:
+        if request.id not in self._world.partitions:
+            raise Refused(
+                f"there is no partition {request.id!r}; there are "
+                f"{', '.join(self._world.partitions)}",
+                reason="PARTITION_NOT_FOUND",
+                metadata={"partition": request.id},
+            )
+        return self._partition(request.id)
+
+    def _partition(self, each: str) -> partition_pb2.Partition:
+        holder = self._operations.holder(f"partition:{each}")
+        return views.partition(self._world, self._world.partitions[each], holder)
