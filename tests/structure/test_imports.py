@@ -20,7 +20,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "hotbay": (),
     "partitioner": (),
     "swap": (),
-    "engine": ("swap",),
+    "engine": ("engine.link", "swap"),
     "engine.link": (),
     "daemon.gateway": ("engine.link", "hotbay"),
     "daemon.control": ("partitioner", "swap", "engine.link", "hotbay"),
