@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from daemon.gpuctl.session import Session
 
 # difflib's ratio below which two names are not alike.
-ALIKE_MIN = 0.5
+ALIKE_MIN = 0.6
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -38,7 +38,9 @@ def model_names(models: Iterable[Model]) -> set[str]:
 
 
 def did_you_mean(session: Session, error: HotbayError) -> str:
-    """A sentence with the nearest name, or nothing."""
+    """A sentence with the nearest name, or nothing: also where the daemon guessed already."""
+    if "suggestions" in error.metadata:
+        return ""
     try:
         if error.reason == Reason.MODEL_NOT_FOUND:
             known = model_names(session.client.models())

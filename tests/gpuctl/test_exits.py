@@ -144,6 +144,15 @@ def test_an_unknown_partition_is_met_with_the_nearest(node: ScriptedNode, gpuctl
     assert "did you mean 'gpu0' instead of 'gpu1'?" in done.err
 
 
+def test_a_daemon_that_guesses_is_not_guessed_over(node: ScriptedNode, gpuctl: Run) -> None:
+    node.refusals["LoadModel"] = Refusal(
+        Reason.MODEL_NOT_FOUND, "no 'proze': did you mean prose?", {"suggestions": "prose"}
+    )
+    done = gpuctl("load", "proze")
+    assert done.err.count("did you mean") == 1
+    assert "ListModels" not in node.calls
+
+
 def test_a_guess_that_fails_does_not_hide_the_error(node: ScriptedNode, gpuctl: Run) -> None:
     node.refusals["ListModels"] = Refusal(Reason.INTERNAL, "the list is gone")
     done = gpuctl("load", "proze")
