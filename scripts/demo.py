@@ -136,16 +136,16 @@ async def swap_under_traffic(
 
 def print_swaps(swaps: list[Swapped]) -> None:
     """The table of ledgers."""
-    table = Table(title="Swaps under traffic", title_justify="left")
+    table = Table(title="Swaps under traffic", title_justify="left", box=None)
     phases = [phase.name for phase in swaps[0].ledger.phases]
-    headings = ["swap", *(f"{name} ms" for name in phases), "total ms", "first token ms"]
-    headings += ["GB/s", "% of link", "finished", "kept", "lost"]
+    headings = ["swap", *(f"{name}\nms" for name in phases), "total\nms", "first\ntoken ms"]
+    headings += ["copy\nGB/s", "% of\nlink", "finished", "kept", "lost"]
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right")
+        table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
     for one in swaps:
         ledger = one.ledger
         table.add_row(
-            f"{one.outgoing} → {one.incoming}",
+            f"{one.outgoing} > {one.incoming}",
             *(f"{phase.duration_ms:.1f}" for phase in ledger.phases),
             f"{ledger.total_ms:.1f}",
             f"{ledger.first_token_ms:.1f}" if ledger.first_token_ms else "-",

@@ -45,7 +45,8 @@ def disposition(
             return Disposition.REFUSE, reason.message
     if swap_on_demand:
         return Disposition.HOLD, "it is being brought up"
-    return Disposition.REFUSE, "it is not loaded, and scheduling.swap_on_demand is off"
+    # Held all the same: a swap that somebody commands may be on its way.
+    return Disposition.HOLD, "scheduling.swap_on_demand is off; load it, or swap it in"
 
 
 class Router:
@@ -109,7 +110,7 @@ class Router:
             world.placements.get(version.key),
             version.failure,
             world.refusal(version.key),
-            world.config.scheduling.swap_on_demand and not world.stopping,
+            world.config.scheduling.swap_on_demand,
         )
         return Route(
             model=version.key,
