@@ -95,10 +95,13 @@ class Decoder:
             qkv = kernels.linear(hidden, layer.qkv, layer.qkv_bias)
             queries = kernels.rotate_and_store(index, qkv, layer.head_norms, epsilon, plan)
             attended = kernels.attend(index, queries, plan)
+            if index == len(self._layers) - 1:
+                # All KV is stored now; from here on only the wanted rows matter.
+                attended, residual = attended[rows], residual[rows]
             added = kernels.linear(attended, layer.attention_output)
             hidden = kernels.add_rms_norm(added, residual, layer.mlp_norm, epsilon)
             gate_up = kernels.linear(hidden, layer.gate_up)
             added = kernels.linear(kernels.gated_activation(gate_up), layer.down)
         self._gate.wait(len(self._layers))
-        last, added = residual[rows], added[rows]
-        return kernels.linear(kernels.add_rms_norm(added, last, self._norm, epsilon), self._head)
+        hidden = kernels.add_rms_norm(added, residual, self._norm, epsilon)
+        return kernels.linear(hidden, self._head)

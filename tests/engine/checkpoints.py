@@ -13,12 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine.engine import Engine
-from engine.kv_space import PlainKvSpace
-from engine.limits import EngineLimits
-from engine.link.tokens import Output, Sampling
-from engine.models.layout import image_recipes
-from engine.models.spec import ModelSpec
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -30,6 +24,13 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from engine.engine import Engine
+from engine.kv_space import PlainKvSpace
+from engine.limits import EngineLimits
+from engine.link.tokens import Output, Sampling
+from engine.models.layout import image_recipes
+from engine.models.spec import ModelSpec
 
 VOCABULARY = 211
 PAGE_BYTES = 1 << 16
@@ -128,9 +129,7 @@ def make_checkpoint(directory: Path, shape: str, seed: int = 0, **changes: Any) 
     return Checkpoint(directory, model)
 
 
-def fused_weights(
-    spec: ModelSpec, state: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def fused_weights(spec: ModelSpec, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The engine's tensors, stacked from transformers' as the recipes say."""
     weights = {}
     for recipe in image_recipes(spec):

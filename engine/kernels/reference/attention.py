@@ -75,7 +75,7 @@ def write_index(kv: PagedKv, spans: Sequence[Span], positions: Index) -> torch.T
         blocks = np.array([span.blocks[span.start // slots] for span in spans], dtype=np.int64)
         return kv.write_index(blocks, positions % slots)
     longest = max(-(-(span.start + span.count) // slots) for span in spans)
-    tables = _tables(spans, longest)
+    tables = _tables(spans, slots, longest)
     sequence = np.repeat(np.arange(len(spans)), counts)
     return kv.write_index(tables[sequence, positions // slots], positions % slots)
 
@@ -180,18 +180,22 @@ def _group(
         sequences=len(spans),
         queries=queries,
         slots=slots,
-        gather=kv.gather_index(_tables(spans, blocks)),
+        gather=kv.gather_index(_tables(spans, kv.layout.block_tokens, blocks)),
         mask=mask,
         padded=padded,
         unpadded=unpadded,
     )
 
 
-def _tables(spans: Sequence[Span], blocks: int) -> Index:
-    """Block tables cut and padded to `blocks`; padding repeats a sequence's own first block."""
+def _tables(spans: Sequence[Span], slots: int, blocks: int) -> Index:
+    """Block tables padded to `blocks` with each sequence's own first block.
+
+    A table may go on beyond what the span reaches, with blocks that nothing was written to yet:
+    they are left out.
+    """
     tables = np.empty((len(spans), blocks), dtype=np.int64)
     for row, span in zip(tables, spans, strict=True):
-        own = span.blocks[:blocks]
+        own = span.blocks[: -(-(span.start + span.count) // slots)]
         row[: len(own)] = own
         row[len(own) :] = own[0]
     return tables

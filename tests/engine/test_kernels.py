@@ -1,0 +1,211 @@
+"""The reference operations against plain formulas, and their indifference to unused memory."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from engine.kernels.protocol import Span
+from engine.kernels.reference import dense
+from engine.kernels.reference.grouping import GROUP_BLOCKS_MAX, PADDING_MAX, group_runs
+from engine.kernels.reference.kernels import ReferenceKernels
+from engine.kernels.reference.rotary import Angles, rotate
+from engine.kv_layout import KvLayout
+from engine.models.spec import ModelSpec, Rope
+
+PAGE_BYTES = 1 << 16
+PAGES = 64
+
+
+def make_spec(heads: int, kv_heads: int, head_dim: int, layers: int = 2) -> ModelSpec:
+    return ModelSpec(
+        family="llama",
+        layers=layers,
+        hidden=64,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=96,
+        vocabulary=100,
+        context_tokens=512,
+        tied=True,
+        norm_epsilon=1e-6,
+        rope=Rope(1e4),
+        eos_token_ids=(),
+    )
+
+
+class Sequences:
+    """Random sequences whose keys and values are in a cache, and plain attention over them."""
+
+    def __init__(
+        self, spec: ModelSpec, lengths: list[int], fill: float, dtype: str = "float32"
+    ) -> None:
+        self.spec = spec
+        self.layout = KvLayout.choose(spec, dtype, PAGE_BYTES)
+        kind: torch.dtype = getattr(torch, dtype)
+        memory = torch.full((PAGES * self.layout.page_elements,), fill, dtype=kind)
+        self.kernels = ReferenceKernels(spec, self.layout, memory.view(torch.uint8))
+        generator = torch.Generator().manual_seed(len(lengths))
+        width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+        self.inputs = [
+            torch.randn(spec.layers, length, width, generator=generator).to(kind)
+            for length in lengths
+        ]
+        blocks = list(range(PAGES * self.layout.blocks_per_page))
+        random.Random(len(lengths)).shuffle(blocks)
+        self.tables: list[list[int]] = []
+        for length in lengths:
+            count = self.layout.blocks_for(length)
+            self.tables.append(blocks[:count])
+            del blocks[:count]
+
+    def step(self, ranges: list[tuple[int, int, int]]) -> dict[int, torch.Tensor]:
+        """Compute (sequence, start, count) of each; results [layers, count, width] by sequence."""
+        ranges = sorted(ranges, key=lambda own: (own[2], own[1] + own[2]))
+        spans = [Span(start, count, self.tables[index]) for index, start, count in ranges]
+        positions = torch.cat([torch.arange(start, start + count) for _, start, count in ranges])
+        plan = self.kernels.plan(spans, positions)
+        layers = []
+        for layer in range(self.spec.layers):
+            rows = [self.inputs[index][layer, start : start + n] for index, start, n in ranges]
+            queries = self.kernels.rotate_and_store(layer, torch.cat(rows), None, 1e-6, plan)
+            layers.append(self.kernels.attend(layer, queries, plan))
+        parts = torch.stack(layers).split([count for _, _, count in ranges], dim=1)
+        return {index: part for (index, _, _), part in zip(ranges, parts, strict=True)}
+
+    def expected(self, index: int) -> torch.Tensor:
+        """Attention of a whole sequence by the textbook, in float64: [layers, length, width]."""
+        spec, inputs = self.spec, self.inputs[index].double()
+        layers, length, _ = inputs.shape
+        heads = inputs.view(layers, length, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        frequency = 1e4 ** (-torch.arange(0, spec.head_dim, 2).double() / spec.head_dim)
+        turned = torch.arange(length).double()[:, None] * frequency
+        cosine, sine = turned.cos()[:, None], turned.sin()[:, None]
+        half = spec.head_dim // 2
+        a, b = heads[..., :half], heads[..., half:]
+        rotated = torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+        group = spec.heads // spec.kv_heads
+        queries = rotated[:, :, : spec.heads]
+        keys = rotated[:, :, spec.heads : spec.heads + spec.kv_heads].repeat_interleave(group, 2)
+        values = heads[:, :, spec.heads + spec.kv_heads :].repeat_interleave(group, 2)
+        scores = torch.einsum("lqhd,lkhd->lhqk", queries, keys) / math.sqrt(spec.head_dim)
+        hidden = torch.ones(length, length).triu(1).bool()
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return torch.einsum("lhqk,lkhd->lqhd", weights, values).reshape(layers, length, -1)
+
+
+@pytest.mark.parametrize("fill", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(4, 4, 16), (8, 2, 24), (7, 1, 10), (4, 1, 64), (6, 3, 34), (8, 8, 48)],
+)
+def test_attention_over_shuffled_pages_equals_the_textbook(
+    heads: int, kv_heads: int, head_dim: int, fill: float
+) -> None:
+    """Prompts in chunks, then decodes, of unlike lengths; unused memory holds anything."""
+    slots = 32
+    lengths = [1, 2, slots - 1, slots, slots + 1, 3 * slots, 75, 130]
+    stage = Sequences(make_spec(heads, kv_heads, head_dim), lengths, fill)
+    found = [torch.zeros(2, length, heads * head_dim) for length in lengths]
+    done = [0] * len(lengths)
+    chance = random.Random(3)
+    while any(have < length for have, length in zip(done, lengths, strict=True)):
+        ranges = []
+        for index, length in enumerate(lengths):
+            count = min(length - done[index], chance.choice([1, 1, 7, 32, 33, 64]))
+            if count and chance.random() < 0.8:
+                ranges.append((index, done[index], count))
+        if not ranges:
+            continue
+        for index, part in stage.step(ranges).items():
+            found[index][:, done[index] : done[index] + part.shape[1]] = part
+            done[index] += part.shape[1]
+    for index in range(len(lengths)):
+        torch.testing.assert_close(
+            found[index].double(), stage.expected(index), rtol=0, atol=2e-5, msg=f"{index}"
+        )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_attention_in_half_precision(dtype: str) -> None:
+    stage = Sequences(make_spec(8, 2, 32), [5, 70, 40], float("nan"), dtype)
+    first = stage.step([(0, 0, 4), (1, 0, 69), (2, 0, 39)])
+    second = stage.step([(0, 4, 1), (1, 69, 1), (2, 39, 1)])
+    for index in range(3):
+        found = torch.cat((first[index], second[index]), dim=1).double()
+        bound = 0.05 if dtype == "bfloat16" else 0.01
+        assert (found - stage.expected(index)).abs().max() < bound
+
+
+def test_writing_touches_its_own_slots_alone() -> None:
+    stage = Sequences(make_spec(4, 2, 24), [40, 33, 3], 7.0)
+    stage.step([(0, 0, 40), (1, 0, 33), (2, 0, 3)])
+    layout = stage.layout
+    memory = stage.kernels._kv._blocks
+    used = {block for table in stage.tables for block in table}
+    for page in range(PAGES):
+        for inner in range(layout.blocks_per_page):
+            if page * layout.blocks_per_page + inner not in used:
+                assert (memory[page, :, inner] == 7.0).all()
+
+
+def test_norm_and_activation() -> None:
+    rows, weight = torch.randn(5, 24), torch.randn(24)
+    scaled = rows.double() / (rows.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(
+        dense.rms_norm(rows, weight, 1e-5).double(), scaled * weight, rtol=1e-5, atol=1e-6
+    )
+    gate, up = rows[:, :12].double(), rows[:, 12:].double()
+    expected = gate / (1 + (-gate).exp()) * up
+    torch.testing.assert_close(
+        dense.gated_activation(rows).double(), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 3, 64])
+def test_linear_with_and_without_bias(dtype: torch.dtype, count: int) -> None:
+    rows = torch.randn(count, 40).to(dtype)
+    weight, bias = torch.randn(24, 40).to(dtype), torch.randn(24).to(dtype)
+    linear = dense.choose_linear(dtype)
+    exact = rows.double() @ weight.double().T
+    bound = 1e-4 if dtype is torch.float32 else 0.2
+    assert (linear(rows, weight, None).double() - exact).abs().max() < bound
+    assert (linear(rows, weight, bias).double() - exact - bias.double()).abs().max() < bound
+
+
+def test_rotation_turns_each_pair_by_its_angle() -> None:
+    turned = torch.tensor([[[0.5, 2.0]], [[1.0, 0.0]]])
+    cosine = turned.cos()
+    heads = torch.randn(2, 3, 4)
+    rotated = rotate(heads, Angles(torch.cat((cosine, cosine), -1), turned.sin()))
+    as_complex = torch.complex(heads[..., :2], heads[..., 2:]) * torch.exp(1j * turned)
+    torch.testing.assert_close(rotated, torch.cat((as_complex.real, as_complex.imag), -1))
+
+
+def test_groups_are_runs_that_waste_little() -> None:
+    chance = random.Random(2)
+    for _ in range(200):
+        shapes = sorted(
+            (chance.choice([1, 1, 1, chance.randrange(2, 200)]), chance.choice([1, 2, 5, 40, 900]))
+            for _ in range(chance.randrange(1, 40))
+        )
+        runs = group_runs(shapes)
+        assert [index for run in runs for index in range(run.start, run.stop)] == list(
+            range(len(shapes))
+        )
+        for run in runs:
+            members = shapes[run]
+            assert len({queries == 1 for queries, _ in members}) == 1
+            if len(members) > 1:
+                longest = max(blocks for _, blocks in members)
+                padded = len(members) * max(queries for queries, _ in members) * longest
+                own = sum(queries * blocks for queries, blocks in members)
+                assert padded <= PADDING_MAX * own
+                assert len(members) * longest <= GROUP_BLOCKS_MAX
+    assert group_runs([]) == []
+    assert group_runs([(1, 4)] * 32) == [slice(0, 32)]

@@ -1,0 +1,261 @@
+"""Who is computed next: budgets, ranks, preemption, and a long random life of it all."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from engine.block_pool import BlockPool
+from engine.kv_space import PlainKvSpace
+from engine.limits import EngineLimits
+from engine.link.tokens import Sampling
+from engine.request import Request
+from engine.scheduler import Scheduler, StepPlan
+
+BLOCK_TOKENS = 4
+BLOCKS_PER_PAGE = 2
+
+
+class Stage:
+    """A scheduler with `blocks` blocks, and a model that always answers with token 0."""
+
+    def __init__(
+        self, blocks: int, *, step_tokens: int = 16, running: int = 8, context: int = 64
+    ) -> None:
+        self.space = PlainKvSpace(1 << 16, blocks // BLOCKS_PER_PAGE)
+        self.pool = BlockPool(self.space, BLOCKS_PER_PAGE)
+        self.limits = EngineLimits(context, running, 1000, step_tokens)
+        self.scheduler = Scheduler(self.limits, self.pool, BLOCK_TOKENS)
+        self.arrivals = 0
+        self.finished: list[int] = []
+
+    def submit(self, tokens: int, output: int = 4, priority: int = 0) -> Request:
+        request = Request(
+            id=self.arrivals,
+            prompt_tokens=tokens,
+            tokens=[1] * tokens,
+            sampling=Sampling(max_tokens=output),
+            priority=priority,
+            arrival=self.arrivals,
+            tokens_max=tokens + output,
+            stop_token_ids=frozenset(),
+        )
+        self.arrivals += 1
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> StepPlan:
+        plan = self.scheduler.schedule()
+        for chunk in plan.chunks:
+            assert len(chunk.request.blocks) * BLOCK_TOKENS >= chunk.end
+            assert chunk.start == chunk.request.computed
+        for chunk in plan.chunks:
+            draws = chunk.draws
+            chunk.request.computed = chunk.end
+            if draws:
+                chunk.request.tokens.append(0)
+                if len(chunk.request.tokens) == chunk.request.tokens_max:
+                    self.scheduler.remove(chunk.request)
+                    self.finished.append(chunk.request.id)
+        return plan
+
+    def finish_all(self, steps_max: int = 1000) -> None:
+        for _ in range(steps_max):
+            if not self.scheduler.running and not self.scheduler.waiting:
+                return
+            self.step()
+        raise AssertionError("somebody starves")
+
+
+def ids(requests: Sequence[Request]) -> list[int]:
+    return [request.id for request in requests]
+
+
+def counts(plan: StepPlan) -> dict[int, int]:
+    return {chunk.request.id: chunk.count for chunk in plan.chunks}
+
+
+def test_one_budget_for_decodes_and_chunks() -> None:
+    stage = Stage(100, step_tokens=10)
+    for tokens in (3, 20, 6):
+        stage.submit(tokens)
+    assert counts(stage.step()) == {0: 3, 1: 7}
+    assert counts(stage.step()) == {0: 1, 1: 9}
+    assert counts(stage.step()) == {0: 1, 1: 4, 2: 5}
+    assert counts(stage.step()) == {0: 1, 1: 1, 2: 1}
+
+
+def test_a_prompt_of_one_token_is_computed_at_once() -> None:
+    stage = Stage(100)
+    stage.submit(1)
+    assert counts(stage.step()) == {0: 1}
+
+
+def test_a_better_priority_goes_first_and_equals_by_arrival() -> None:
+    stage = Stage(100, step_tokens=8)
+    for priority in (5, 0, 5, -1):
+        stage.submit(8, priority=priority)
+    assert counts(stage.step()) == {3: 8}
+    assert counts(stage.step()) == {3: 1, 1: 7}
+    assert ids(stage.scheduler.waiting) == [0, 2]
+
+
+def test_a_late_prompt_of_better_priority_overtakes_one_in_progress() -> None:
+    stage = Stage(100, step_tokens=8)
+    stage.submit(40, priority=1)
+    stage.step()
+    stage.submit(6, priority=0)
+    assert counts(stage.step()) == {1: 6, 0: 2}
+
+
+def test_no_more_requests_run_than_allowed() -> None:
+    stage = Stage(100, step_tokens=16, running=2)
+    for _ in range(4):
+        stage.submit(2, output=3)
+    stage.step()
+    assert ids(stage.scheduler.running) == [0, 1]
+    assert ids(stage.scheduler.waiting) == [2, 3]
+    stage.finish_all()
+    assert stage.finished == [0, 1, 2, 3]
+
+
+def test_out_of_blocks_the_newest_of_the_lowest_class_waits_again() -> None:
+    stage = Stage(10, step_tokens=64)
+    for priority in (1, 0, 1):
+        stage.submit(8, output=12, priority=priority)
+    stage.step()
+    assert ids(stage.scheduler.running) == [1, 0, 2]
+    while not stage.scheduler.preemptions:
+        stage.step()
+    assert ids(stage.scheduler.waiting) == [2]
+    preempted = stage.scheduler.waiting[0]
+    assert (preempted.computed, preempted.blocks) == (0, [])
+    assert len(preempted.tokens) > 8, "it keeps what it has drawn"
+    stage.finish_all()
+    assert sorted(stage.finished) == [0, 1, 2]
+    assert stage.pool.used == 0
+
+
+def test_a_better_class_takes_the_place_of_a_lower_one_only_if_that_helps() -> None:
+    stage = Stage(6, step_tokens=64, running=8)
+    stage.submit(16, output=8, priority=1)
+    stage.step()
+    same = stage.submit(8, priority=1)
+    stage.step()
+    assert ids(stage.scheduler.running) == [0], "an equal waits"
+    stage.scheduler.remove(same)
+    better = stage.submit(22, output=1, priority=0)
+    stage.step()
+    assert better.id in stage.finished
+    assert stage.scheduler.preemptions == 1
+    assert ids(stage.scheduler.waiting) == [0]
+
+
+def test_nobody_is_preempted_in_vain() -> None:
+    stage = Stage(8, step_tokens=64)
+    stage.submit(12, priority=0)
+    stage.submit(8, priority=2)
+    stage.step()
+    stage.submit(20, priority=1)  # would not fit even without the request of priority 2
+    stage.step()
+    assert stage.scheduler.preemptions == 0
+    assert ids(stage.scheduler.running) == [0, 1]
+
+
+def test_the_head_of_the_queue_is_not_overtaken_by_smaller_ones() -> None:
+    stage = Stage(6, step_tokens=64)
+    stage.submit(12, output=8)
+    stage.step()
+    stage.submit(16)
+    stage.submit(1)
+    stage.step()
+    assert ids(stage.scheduler.running) == [0]
+    stage.finish_all()
+    assert stage.finished == [0, 1, 2]
+
+
+def test_alone_and_out_of_memory_a_request_ends_instead_of_waiting_for_ever() -> None:
+    stage = Stage(2, step_tokens=64)
+    waiting = stage.submit(9)
+    assert ids(stage.step().exhausted) == [waiting.id]
+    growing = stage.submit(8)
+    stage.step()
+    assert ids(stage.step().exhausted) == [growing.id]
+    assert stage.pool.used == 0
+    assert not stage.scheduler.running
+    assert not stage.scheduler.waiting
+
+
+def test_pausing_keeps_tokens_and_order() -> None:
+    stage = Stage(100, step_tokens=64)
+    requests = [stage.submit(5, output=9) for _ in range(3)]
+    for _ in range(4):
+        stage.step()
+    stage.scheduler.preempt_all()
+    assert stage.pool.used == 0
+    assert ids(stage.scheduler.waiting) == [0, 1, 2]
+    assert [len(request.tokens) for request in requests] == [9, 9, 9]
+    assert counts(stage.step()) == {0: 9, 1: 9, 2: 9}
+    stage.finish_all()
+    assert stage.finished == [0, 1, 2]
+
+
+@pytest.mark.parametrize("field", ["context_tokens", "running_requests_max", "step_tokens"])
+def test_limits_are_checked_at_start(field: str) -> None:
+    values = {"context_tokens": 64, "running_requests_max": 8, "step_tokens": 8}
+    EngineLimits(**values)
+    with pytest.raises(ValueError, match="step_tokens is 7" if field == "step_tokens" else field):
+        EngineLimits(**(values | {field: 7 if field == "step_tokens" else 0}))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_a_long_random_life(seed: int) -> None:
+    """5,000 steps each: blocks conserved, budgets kept, cancelled requests gone, nobody starving.
+
+    Whoever is not overtaken by better classes must finish: arrivals of class 0 stop at the end,
+    and then everything has to drain.
+    """
+    chance = random.Random(seed)
+    blocks = chance.choice([18, 30, 60])
+    stage = Stage(blocks, step_tokens=chance.choice([8, 17, 64]))
+    scheduler = stage.scheduler
+    live: dict[int, Request] = {}
+    cancelled: set[int] = set()
+    for step in range(5000):
+        if len(live) < 30 and chance.random() < 0.4:
+            tokens = chance.randrange(1, 40)
+            request = stage.submit(
+                tokens, chance.randrange(1, 64 - tokens), chance.choice([0, 0, 1, 2])
+            )
+            live[request.id] = request
+        if live and chance.random() < 0.05:
+            gone = live.pop(chance.choice(list(live)))
+            scheduler.remove(gone)
+            cancelled.add(gone.id)
+            assert not gone.blocks
+        if chance.random() < 0.002:
+            scheduler.preempt_all()
+            assert stage.pool.used == 0
+        plan = stage.step()
+        for finished in stage.finished:
+            live.pop(finished, None)
+        assert not plan.exhausted
+        assert sum(chunk.count for chunk in plan.chunks) <= stage.limits.step_tokens
+        assert len({chunk.request.id for chunk in plan.chunks}) == len(plan.chunks)
+        assert not cancelled & {chunk.request.id for chunk in plan.chunks}
+        assert len(scheduler.running) <= stage.limits.running_requests_max
+        assert plan.chunks or not live, "there was work, and nothing was computed"
+        assert {*ids(scheduler.running), *ids(scheduler.waiting)} == set(live)
+        for queue in (scheduler.running, scheduler.waiting):
+            ranks = [request.rank for request in queue]
+            assert ranks == sorted(ranks)
+        held = [block for request in scheduler.running for block in request.blocks]
+        assert len(held) == len(set(held)) == stage.pool.used
+        if step % 50 == 0:
+            stage.pool.check()
+    stage.finish_all(steps_max=5000)
+    assert len(stage.finished) == len(set(stage.finished)) == stage.arrivals - len(cancelled)
+    assert scheduler.preemptions > 0
+    assert stage.pool.trim() == stage.space.pages_max
