@@ -114,6 +114,7 @@ class GatewayStage:
         self.config = {"generation": 3, **config}
         self.loop = asyncio.new_event_loop()
         self.workers: dict[str, ScriptedWorker] = {}
+        self._started_workers: list[ScriptedWorker] = []
         self.daemon = ScriptedDaemon(directory / "gateway" / "control.sock")
         self.limits = GatewayLimits(hold_timeout_s=30.0, held_requests_max=64)
         self.routes: dict[str, Route] = {}
@@ -138,7 +139,7 @@ class GatewayStage:
         self.client.close()
         self.process.kill()
         self.process.wait()
-        for worker in self.workers.values():
+        for worker in self._started_workers:
             self.do(worker.stop())
         self.do(self.daemon.leave())
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -176,6 +177,7 @@ class GatewayStage:
         path = self.directory / "workers" / partition / "tokens.sock"
         worker = ScriptedWorker(path, script)
         self.do(worker.start())
+        self._started_workers.append(worker)
         self.workers[partition] = worker
         generation = self.addresses[partition].generation + 1 if partition in self.addresses else 1
         self.addresses[partition] = WorkerAddress(partition, str(path), generation)

@@ -109,7 +109,6 @@ class ScriptedWorker:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        self.path.unlink(missing_ok=True)
 
     def drop_link(self) -> None:
         """Break the link and go on listening."""
@@ -154,6 +153,7 @@ class ScriptedWorker:
             stepping.cancel()
             link.close()
             self._link = None
+            self.running.clear()
 
     async def _step(self, link: Link[Any], wake: asyncio.Event, credit: list[int]) -> None:
         with contextlib.suppress(LinkError):
