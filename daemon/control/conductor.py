@@ -96,6 +96,7 @@ class Conductor:
         intent, plan = self.prepare(handle.record.intent)
         if intent.incoming and plan.incoming and not plan.partition:
             intent = msgspec.structs.replace(intent, partition="", standby=True)
+        plan = msgspec.structs.replace(plan, note=plan.note or handle.record.plan.note)
         handle.update(plan=plan, message=plan.note)
         steps = self._transitions
         if intent.kind in (Kind.LOAD, Kind.SWAP):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from google.longrunning import operations_proto_pb2 as longrunning
 from google.protobuf.message import Message
@@ -33,11 +34,12 @@ from daemon.control.demand_loop import DemandLoop
 from daemon.control.failpoints import FailPoints, parse_failpoints
 from daemon.control.fleet import Fleet
 from daemon.control.gateway_client import GatewayClient
-from daemon.control.images import Images
+from daemon.control.images import Builders, Images
 from daemon.control.journal import Contents, Journal
 from daemon.control.metrics import Metrics
 from daemon.control.notify import Notifier
 from daemon.control.operations import Operations
+from daemon.control.place import Commands, FleetEvents
 from daemon.control.records import Operation
 from daemon.control.recovery import Recovery
 from daemon.control.registry import Registry
@@ -49,7 +51,7 @@ from daemon.control.services.server import Server
 from daemon.control.transitions import Transitions
 from daemon.control.watch import Hub
 from daemon.control.worker_client import WorkerClient
-from daemon.control.world import World
+from daemon.control.world import Processes, World
 from engine.link.control import WorkerState
 from engine.link.routes import Demand
 from partitioner.bounded import BoundedNvml
@@ -59,6 +61,17 @@ from partitioner.partition import whole_partitions
 from swap.store import HostStore
 
 log = logging.getLogger(__name__)
+
+
+class RunningFleet(Processes, Protocol):
+    """What the node needs of its fleet."""
+
+    async def start(self) -> None: ...
+    async def stop(self, drain_timeout_s: float) -> None: ...
+    async def detach(self) -> None: ...
+
+
+FleetMaker = Callable[[Commands, tuple[str, ...], FleetEvents], RunningFleet]
 
 
 class Node:
@@ -73,12 +86,15 @@ class Node:
         journal: Journal,
         contents: Contents,
         version: str,
+        *,
+        make_fleet: FleetMaker = Fleet,
+        builders: Builders = Builder.start,
     ) -> None:
         self._config = config
         self._notifier = notifier
         self._nvml = nvml
         self._contents = contents
-        registry = Registry(Builder.start, config.worker.dtype, config.limits.models_max)
+        registry = Registry(builders, config.worker.dtype, config.limits.models_max)
         registry.restore(contents)
         store = HostStore(config.host_store.budget_bytes)
         self.world = world = World(config, registry, store, whole_partitions(gpus), gpus)
@@ -89,7 +105,7 @@ class Node:
         log_dir = config.state_dir / "log"
         log_dir.mkdir(mode=0o700, exist_ok=True)
         argument_lists = commands(config, world.partitions, lambda: self._listening, log_dir)
-        self.fleet = Fleet(argument_lists, tuple(world.partitions), self)
+        self.fleet = make_fleet(argument_lists, tuple(world.partitions), self)
         world.processes = self.fleet
         self._journal = journal
         self._custody = Custody(notifier)
@@ -98,7 +114,7 @@ class Node:
         self._hub = Hub(self._snapshot, config.limits)
         self._operations = Operations(journal, config.limits, self._operation_changed)
         self._router = Router(world)
-        self._images = Images(world, Builder.start, self._custody, failpoints)
+        self._images = Images(world, builders, self._custody, failpoints)
         transitions = Transitions(
             world, self._images, self._router, journal, failpoints, self._metrics.exchanged
         )
