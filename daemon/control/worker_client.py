@@ -1,7 +1,8 @@
 """hotbayd's side of a worker's control socket, as typed calls.
 
-The client owns the link and the last state the worker reported. It never retries and never decides:
-a link that breaks surfaces as LinkClosed in every call that waits, and once through `on_closed`.
+The client owns the link and the last state the worker reported; after a call that changes what the
+worker holds, `state` is at least as new as the answer. It never retries and never decides: a link
+that breaks surfaces as LinkClosed in every call that waits, and once through `on_closed`.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class WorkerClient:
         finally:
             self._on_stage.pop(exchange.operation, None)
         assert isinstance(reply, control.Exchanged)
+        await self.describe()
         return reply.result
 
     async def abandon(self, operation: str) -> None:
@@ -124,10 +126,12 @@ class WorkerClient:
             control.Drain(model=model, in_flight=in_flight, drain_timeout_s=drain_timeout_s),
             timeout_s=drain_timeout_s + DRAIN_MARGIN_S,
         )
+        await self.describe()
 
     async def resume(self, model: str) -> None:
         """Let a drained model serve again."""
         await self._call(control.Resume(model=model))
+        await self.describe()
 
     async def measure_link(self) -> float:
         """Measure the partition's host-to-device rate, in bytes a second."""

@@ -187,7 +187,7 @@ def test_metrics_are_the_whole_nodes(node: LocalNode) -> None:
     text = httpx.get(f"{url}/metrics", timeout=10).text
     names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line[:1] != "#"}
     assert any(name.startswith("hotbay_gateway_") for name in names), "the gateway's"
-    assert any("swap" in name for name in names), "hotbayd's"
+    assert any(name.startswith("hotbay_exchange") for name in names), "hotbayd's"
     assert any("kv" in name for name in names), "the workers'"
     assert "hotbay_control_up 1.0" in text
     assert httpx.get(f"{url}/livez", timeout=5).status_code == 200
