@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.e2e.conftest import REPOSITORY, NodeMaker, Oracle
 
-
 SETTLE_S = 10.0
 
 
