@@ -1,43 +1,22 @@
 """The worker's program: `python -m engine.worker.main --partition ID --runtime-dir DIR ...`.
 
-Owns the order of starting and ending and the process's settings (session, signals, threads of
-torch). It takes everything from its arguments. Invariant: when the sockets can be connected to, the
-worker can serve; and it outlives whoever started it.
+Owns the process's settings: its arguments, session, logging and how torch's threads wait. It takes
+everything from its arguments. Invariant: the worker outlives whoever started it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable
-from typing import Any
 
-import torch
-
-from engine.worker.calls import Calls
-from engine.worker.control_side import ControlSide
-from engine.worker.desk import Desk
 from engine.worker.errors import WorkerError
-from engine.worker.failpoints import FailPoints
-from engine.worker.listener import Listeners
-from engine.worker.loop import StepLoop
-from engine.worker.options import Options, parse_options
-from engine.worker.residency import Residency
-from engine.worker.token_side import TokenSide
-from swap.arena import PagePool
+from engine.worker.options import parse_options
 from swap.errors import SwapError
-from swap.host_device import HostDevice
-from swap.transfer import measure_link
 
-MEASURE_BYTES = 64 << 20
-JOIN_TIMEOUT_S = 5.0
-"""How long an ending worker waits for a step under way."""
 EXIT_REFUSED = 2
-EXIT_CRASHED = 70
 
 log = logging.getLogger(__name__)
 
@@ -49,117 +28,23 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
-        _detach()
-        torch.set_num_threads(options.threads)
-        return asyncio.run(_serve(options))
+        _leave_session()
+        # Threads that spin while they wait for each other take the cores from those they wait for:
+        # where anything else runs, small steps become a hundred times slower. The setting must be
+        # there before torch is loaded, hence the late import.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        from engine.worker.process import serve
+
+        return asyncio.run(serve(options))
     except (WorkerError, SwapError) as error:
         log.error("the worker does not start: %s", error)
         return EXIT_REFUSED
 
 
-def _detach() -> None:
-    """Leave the session of whoever started it, so that no terminal and no parent ends it."""
-    if os.getpid() != os.getsid(0):
+def _leave_session() -> None:
+    """Leave the session of whoever started it, so that neither its end nor a terminal's is ours."""
+    with contextlib.suppress(PermissionError):  # it leads a group of its own already
         os.setsid()
-
-
-async def _serve(options: Options) -> int:
-    listeners = Listeners(options.directory)
-    device = HostDevice(
-        options.memory_bytes,
-        page_bytes=options.page_bytes,
-        link_bytes_per_s=options.link_bytes_per_s,
-    )
-    pool = PagePool(device)
-    worker = _Worker(options, pool)
-    try:
-        listeners.listen(options.control_socket, worker.control.connected)
-        listeners.listen(options.tokens_socket, worker.tokens.connected)
-        status = await worker.run()
-        # The sockets go first: whoever connects from here on must find nobody.
-        await listeners.close()
-        await worker.close()
-    finally:
-        await listeners.close()
-    return status
-
-
-class _Worker:
-    """The parts of a worker, connected."""
-
-    def __init__(self, options: Options, pool: PagePool) -> None:
-        self._events = asyncio.get_running_loop()
-        self._pool = pool
-        self._ended = asyncio.Event()
-        self._status = 0
-        self.control = ControlSide()
-        desk = Desk(
-            send=lambda link, step: self._later(self.tokens.send, link, step),
-            drop=lambda link: self._later(self.tokens.drop, link),
-        )
-        self.residency = Residency(pool, desk, options.step_tokens)
-        self.residency.link_bytes_per_s = options.link_bytes_per_s or measure_link(
-            pool, min(MEASURE_BYTES, options.memory_bytes)
-        )
-        self.loop = StepLoop(
-            self.residency,
-            desk,
-            FailPoints(options.failpoints),
-            changed=lambda: self._later(self.control.changed),
-            crashed=lambda error: self._later(self._crash),
-        )
-        self.tokens = TokenSide(self.loop.mailbox, desk, self.residency)
-        self.calls = Calls(
-            options, self.residency, self.loop, tell=self.control.tell, ended=self._ended.set
-        )
-        self.control.calls = self.calls
-        self._prefaulting = threading.Thread(target=self._prefault, name="prefault", daemon=True)
-        self._stopping = threading.Event()
-
-    async def run(self) -> int:
-        """Serve until Shutdown or SIGTERM; returns the exit status."""
-        self.loop.start()
-        self._prefaulting.start()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._events.add_signal_handler(number, self._terminate)
-        log.info(
-            "the worker serves %d pages of %d bytes", self._pool.total_pages, self._pool.page_bytes
-        )
-        await self._ended.wait()
-        return self._status
-
-    async def close(self) -> None:
-        """End the links and the threads. Memory goes with the process."""
-        self._stopping.set()
-        await self.control.close()
-        await self.tokens.close()
-        self.calls.close()
-        if not self.loop.join(JOIN_TIMEOUT_S):
-            log.error("a step did not end in %g s; it ends with the process", JOIN_TIMEOUT_S)
-
-    def _later(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Have the event loop call something; from any thread, and after its end too."""
-        try:
-            self._events.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:
-            log.debug("the event loop has ended before %s", function)
-
-    def _terminate(self) -> None:
-        """SIGTERM: a Shutdown that finishes nothing."""
-        ending = self._events.create_task(self.calls.shut_down(0.0))
-        ending.add_done_callback(lambda _: self._ended.set())
-        self._ending = ending
-
-    def _crash(self) -> None:
-        self._status = EXIT_CRASHED
-        self._ended.set()
-
-    def _prefault(self) -> None:
-        """Make every page present in the background, so that no swap pays for it."""
-        for page in range(self._pool.total_pages):
-            if self._stopping.is_set():
-                return
-            self._pool.device.prefault((page,))
 
 
 if __name__ == "__main__":

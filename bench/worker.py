@@ -1,0 +1,190 @@
+"""A real worker process for benchmarks, and images of random weights for it.
+
+Plays the two peers of a worker, hotbayd and the gateway, as leanly as it can be done, so that what
+is measured is the worker. It measures nothing itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.link import control, tokens
+from engine.link.frames import Link
+from engine.link.peer import Peer
+from engine.models.layout import image_recipes
+from engine.models.spec import ModelSpec, Rope
+from swap.image import Manifest, checksum_of, complete, plan_image, segment_bytes, write_manifest
+from swap.image import write_all as write_at
+from swap.segment import Segment
+
+ROOT = Path(__file__).parents[1]
+CALL_TIMEOUT_S = 120.0
+RANDOM_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """An image of random weights in a segment."""
+
+    model: str
+    segment: Segment
+    manifest: Manifest
+
+
+def decoder(vocabulary: int, hidden: int, layers: int) -> ModelSpec:
+    """A Llama with heads of 64 and an output layer of its own."""
+    return ModelSpec(
+        family="llama",
+        layers=layers,
+        hidden=hidden,
+        heads=hidden // 64,
+        kv_heads=max(1, hidden // 128),
+        head_dim=64,
+        intermediate=4 * hidden,
+        vocabulary=vocabulary,
+        context_tokens=512,
+        tied=False,
+        norm_epsilon=1e-6,
+        rope=Rope(theta=10_000.0),
+        eos_token_ids=(),
+    )
+
+
+def build_model(model: str, spec: ModelSpec, seed: int) -> BuiltModel:
+    """Write an image of float32 weights, straight into its segment; norms are ones."""
+    recipes = image_recipes(spec)
+    layout = plan_image(recipes, "float32", spec.to_dict())
+    segment = Segment.create(segment_bytes(layout), model)
+    draw = np.random.default_rng(seed)
+    block = (0.05 * draw.standard_normal(RANDOM_BYTES // 4, dtype=np.float32)).tobytes()
+    checksums = {}
+    for entry in layout.tensors:
+        if "norm" in entry.name:
+            data = np.ones(entry.shape, dtype=np.float32).tobytes()
+        else:
+            data = (block * (entry.size_bytes // len(block) + 1))[: entry.size_bytes]
+        write_at(segment.descriptor, data, entry.offset_bytes)
+        checksums[entry.name] = checksum_of(hashlib.sha256(data))
+    manifest = complete(layout, checksums)
+    write_manifest(segment.descriptor, manifest)
+    segment.seal()
+    return BuiltModel(model, segment, manifest)
+
+
+class BenchWorker:
+    """The worker's process, its control link and its token link."""
+
+    def __init__(self, process: asyncio.subprocess.Process, directory: Path) -> None:
+        self.process = process
+        self._directory = directory
+        self.hotbayd: Peer[Any]
+        self.gateway: Link[Any]
+        self._numbers = iter(range(1, 1 << 40))
+        self._stages: asyncio.Queue[control.StageReached] = asyncio.Queue()
+
+    @classmethod
+    async def start(cls, runtime_dir: Path, memory_bytes: int, *arguments: str) -> BenchWorker:
+        """Start a worker, connect to it, and wait until its memory is present."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "engine.worker.main", "--partition", "bench", "--runtime-dir"),
+            *(str(runtime_dir), "--generation", "1", "--memory-bytes", str(memory_bytes)),
+            *arguments,
+            cwd=ROOT,
+        )
+        worker = cls(process, runtime_dir / "workers" / "bench")
+        worker.hotbayd = Peer(
+            await worker._connect("control.sock"),
+            control.FromWorker,
+            name="worker",
+            replies=(control.WorkerState, control.Exchanged, control.Done, control.Failed),
+            handler=worker._heard,
+            on_close=lambda error: None,
+        )
+        worker.gateway = Link(
+            await worker._connect("tokens.sock"), tokens.FromWorker, name="worker"
+        )
+        return worker
+
+    async def call(self, message: Any, descriptors: tuple[int, ...] = ()) -> Any:
+        """Call the worker. Raises RuntimeError when it refuses."""
+        reply, _ = await self.hotbayd.call(message, descriptors, timeout_s=CALL_TIMEOUT_S)
+        if isinstance(reply, control.Failed):
+            raise RuntimeError(f"{reply.reason}: {reply.message}")
+        return reply
+
+    async def attach(self, built: BuiltModel) -> None:
+        """Have the worker map a model's image."""
+        message = control.AttachImage(built.manifest.digest)
+        await self.call(message, (built.segment.descriptor,))
+
+    async def swap(
+        self, operation: str, outgoing: str | None, incoming: BuiltModel, prompt: tuple[int, ...]
+    ) -> tuple[float, control.ExchangeResult]:
+        """Exchange, with a request for the incoming model as soon as it is taken.
+
+        Returns the seconds from sending the exchange to having the first token, and the result.
+        """
+        request = control.Exchange(
+            operation=operation,
+            outgoing=(outgoing,) if outgoing else (),
+            incoming=control.EngineSpec(incoming.model, incoming.manifest.digest, 128, 8, 64),
+        )
+        while not self._stages.empty():
+            self._stages.get_nowait()
+        started = time.monotonic()
+        exchanging = asyncio.create_task(self.call(request))
+        # What the worker tells first is that it has begun, and takes requests for the model.
+        stage = asyncio.create_task(self._stages.get())
+        await asyncio.wait({stage, exchanging}, return_when=asyncio.FIRST_COMPLETED)
+        await self.answer(incoming.model, prompt)
+        seconds = time.monotonic() - started
+        stage.cancel()
+        return seconds, (await exchanging).result
+
+    async def answer(self, model: str, prompt: tuple[int, ...]) -> int:
+        """One greedy token for a prompt."""
+        number = next(self._numbers)
+        sampling = tokens.Sampling(max_tokens=1, temperature=0.0)
+        self.gateway.post(tokens.Submit(number, model, prompt, sampling))
+        while True:
+            step, _ = await self.gateway.receive()
+            self.gateway.post(tokens.Grant(1))
+            for output in step.outputs:
+                if output.request == number:
+                    if not output.tokens:
+                        raise RuntimeError(f"{model} answered {output.finish}: {output.error}")
+                    return int(output.tokens[0])
+
+    async def close(self) -> None:
+        """End the worker."""
+        await self.call(control.Shutdown())
+        await self.hotbayd.close()
+        self.gateway.close()
+        await self.process.wait()
+
+    async def _heard(self, message: Any, descriptors: list[int]) -> None:
+        if isinstance(message, control.StageReached):
+            self._stages.put_nowait(message)
+
+    async def _connect(self, name: str) -> socket.socket:
+        while self.process.returncode is None:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            try:
+                await asyncio.get_running_loop().sock_connect(sock, str(self._directory / name))
+            except (FileNotFoundError, ConnectionRefusedError):
+                sock.close()
+                await asyncio.sleep(0.02)
+            else:
+                return sock
+        raise RuntimeError("the worker ended before it could be connected to")

@@ -1,0 +1,140 @@
+"""A worker's process from its first socket to its last: how its parts are connected.
+
+Owns the order of starting and ending. It never does the work of a part. Invariant: when the sockets
+can be connected to, the worker can serve; and when they are gone, nothing more is taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.worker.calls import Calls
+from engine.worker.control_side import ControlSide
+from engine.worker.desk import Desk
+from engine.worker.failpoints import FailPoints
+from engine.worker.listener import Listeners
+from engine.worker.loop import StepLoop
+from engine.worker.options import Options
+from engine.worker.residency import Residency
+from engine.worker.token_side import TokenSide
+from swap.arena import PagePool
+from swap.host_device import HostDevice
+from swap.transfer import measure_link
+
+MEASURE_BYTES = 64 << 20
+JOIN_TIMEOUT_S = 5.0
+"""How long an ending worker waits for a step under way."""
+EXIT_CRASHED = 70
+
+log = logging.getLogger(__name__)
+
+
+async def serve(options: Options) -> int:
+    """Run a worker until it is told to end; returns the process's exit status.
+
+    Raises PartitionTaken, or DeviceError when there is not as much memory.
+    """
+    torch.set_num_threads(options.threads)
+    listeners = Listeners(options.directory)
+    device = HostDevice(
+        options.memory_bytes,
+        page_bytes=options.page_bytes,
+        link_bytes_per_s=options.link_bytes_per_s,
+    )
+    pool = PagePool(device)
+    worker = _Worker(options, pool)
+    try:
+        listeners.listen(options.control_socket, worker.control.connected)
+        listeners.listen(options.tokens_socket, worker.tokens.connected)
+        status = await worker.run()
+        # The sockets go first: whoever connects from here on must find nobody.
+        await listeners.close()
+        await worker.close()
+    finally:
+        await listeners.close()
+    return status
+
+
+class _Worker:
+    """The parts of a worker, connected."""
+
+    def __init__(self, options: Options, pool: PagePool) -> None:
+        self._events = asyncio.get_running_loop()
+        self._pool = pool
+        self._ended = asyncio.Event()
+        self._status = 0
+        self.control = ControlSide()
+        desk = Desk(
+            send=lambda link, step: self._later(self.tokens.send, link, step),
+            drop=lambda link: self._later(self.tokens.drop, link),
+        )
+        self.residency = Residency(pool, desk, options.step_tokens)
+        self.residency.link_bytes_per_s = options.link_bytes_per_s or measure_link(
+            pool, min(MEASURE_BYTES, options.memory_bytes)
+        )
+        self.loop = StepLoop(
+            self.residency,
+            desk,
+            FailPoints(options.failpoints),
+            changed=lambda: self._later(self.control.changed),
+            crashed=lambda error: self._later(self._crash),
+        )
+        self.tokens = TokenSide(self.loop.mailbox, desk, self.residency)
+        self.calls = Calls(
+            options, self.residency, self.loop, tell=self.control.tell, ended=self._ended.set
+        )
+        self.control.calls = self.calls
+        self._prefaulting = threading.Thread(target=self._prefault, name="prefault", daemon=True)
+        self._stopping = threading.Event()
+
+    async def run(self) -> int:
+        """Serve until Shutdown or SIGTERM; returns the exit status."""
+        self.loop.start()
+        self._prefaulting.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._events.add_signal_handler(number, self._terminate)
+        log.info(
+            "the worker serves %d pages of %d bytes", self._pool.total_pages, self._pool.page_bytes
+        )
+        await self._ended.wait()
+        return self._status
+
+    async def close(self) -> None:
+        """End the links and the threads. Memory goes with the process."""
+        self._stopping.set()
+        await self.control.close()
+        await self.tokens.close()
+        self.calls.close()
+        if not self.loop.join(JOIN_TIMEOUT_S):
+            log.error("a step did not end in %g s; it ends with the process", JOIN_TIMEOUT_S)
+
+    def _later(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have the event loop call something; from any thread, and after its end too."""
+        try:
+            self._events.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            log.debug("the event loop has ended before %s", function)
+
+    def _terminate(self) -> None:
+        """SIGTERM: a Shutdown that finishes nothing."""
+        ending = self._events.create_task(self.calls.shut_down(0.0))
+        ending.add_done_callback(lambda _: self._ended.set())
+        self._ending = ending
+
+    def _crash(self) -> None:
+        self._status = EXIT_CRASHED
+        self._ended.set()
+
+    def _prefault(self) -> None:
+        """Make every page present in the background, so that no swap pays for it."""
+        for page in range(self._pool.total_pages):
+            if self._stopping.is_set():
+                return
+            self._pool.device.prefault((page,))
