@@ -26,7 +26,8 @@ OUTBOX_BYTES_MAX = 32 << 20
 OUTBOX_BYTES_HIGH = 1 << 20
 INBOX_FRAMES_MAX = 1024
 DESCRIPTORS_PER_FRAME_MAX = 64
-READ_BYTES = 1 << 18
+READ_BYTES = 1 << 16
+"""A larger buffer is mapped and unmapped for every read, which costs several times the read."""
 
 _HEADER = struct.Struct("<IB")
 
@@ -96,7 +97,8 @@ class Link(Generic[Message]):
 
     async def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
         """Queue a message, first waiting while the peer is slow (OUTBOX_BYTES_HIGH unsent)."""
-        await self._drained.wait()
+        while not self._drained.is_set():  # several senders may wake at once, and one fill it again
+            await self._drained.wait()
         self.post(message, descriptors)
 
     def _flush(self) -> None:
@@ -192,7 +194,7 @@ class Link(Generic[Message]):
                 message = self._decoder.decode(
                     memoryview(self._buffer)[start + _HEADER.size : end].tobytes()
                 )
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 self._fail(FrameInvalid(f"{self.name} sent what this link does not carry: {error}"))
                 return
             if len(self._descriptors) < count:
