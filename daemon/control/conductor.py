@@ -171,7 +171,7 @@ class Conductor:
             partition = placement.partition
         intent = msgspec.structs.replace(intent, partition=partition)
         build_bytes, evictions = self._building(version)
-        plan = plan_move(world.view(partition), intent.outgoing, incoming, build_bytes)
+        plan = plan_move(world.view(partition, key), intent.outgoing, incoming, build_bytes)
         return intent, msgspec.structs.replace(plan, host_evictions=evictions)
 
     def _prepare_other(self, intent: Intent) -> tuple[Intent, Plan]:

@@ -27,25 +27,25 @@ class Metrics:
     def __init__(self, world: World) -> None:
         self._registry = CollectorRegistry()
         self._swaps = Counter(
-            "hotbay_exchanges",
-            "Exchanges on partitions (loads, swaps, unloads), by outcome.",
+            "hotbay_swaps",
+            "Swaps on partitions, loads and unloads among them, by outcome.",
             ["outcome"],
             registry=self._registry,
         )
         self._phases = Histogram(
-            "hotbay_exchange_phase_seconds",
-            "Duration of each phase of committed exchanges.",
+            "hotbay_swap_phase_seconds",
+            "Duration of each phase of committed swaps.",
             ["phase"],
             buckets=PHASE_BUCKETS_S,
             registry=self._registry,
         )
         self._bytes = Counter(
-            "hotbay_exchange_copied_bytes",
+            "hotbay_swap_copied_bytes",
             "Bytes of weights copied to devices.",
             registry=self._registry,
         )
         self._requests = Counter(
-            "hotbay_exchange_requests",
+            "hotbay_swap_requests",
             "Running requests of outgoing models, by what became of them.",
             ["fate"],
             registry=self._registry,
@@ -59,7 +59,7 @@ class Metrics:
         self._registry.register(Reports(world))
 
     def exchanged(self, result: ExchangeResult) -> None:
-        """Count an exchange that ended."""
+        """Count a swap, load or unload that ended on its partition."""
         failed = bool(result.error or result.error_reason)
         self._swaps.labels("rolled_back" if failed else "committed").inc()
         ledger = result.ledger

@@ -119,8 +119,10 @@ class Recovery:
         ]
         for placement in missing:
             key = placement.model
-            if self._operations.holder(f"model:{key}") is not None:
-                continue  # a followed operation is about to say where it is
+            while (holder := self._operations.holder(f"model:{key}")) is not None:
+                await self._operations.wait(holder.name, None)
+            if client.closed or key in world.serving or world.placements.get(key) != placement:
+                continue  # that operation said where it is, or another worker's start will
             problem = self._too_often(key)
             if not problem:
                 problem = await self._bring_back(key, partition)

@@ -1,0 +1,103 @@
+"""The configuration: what is refused, how it says so, and what is derived."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from daemon.control.config import Config, load
+from daemon.control.errors import ConfigInvalid
+from engine.link.control import InFlight
+
+
+def read(tmp_path: Path, text: str, **overrides: str) -> Config:
+    path = tmp_path / "hotbayd.toml"
+    path.write_text(text)
+    return load(path, {"runtime_dir": "/run/x", "state_dir": "/var/x", **overrides}, {})
+
+
+def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
+    config = read(tmp_path, "")
+    assert (config.node.http, config.node.grpc) == ("127.0.0.1:8000", "127.0.0.1:8001")
+    assert str(config.control_socket) == "/run/x/control.sock"
+    scheduling = config.scheduling
+    assert (scheduling.max_active_models, scheduling.swap_on_demand) == (0, True)
+    assert (scheduling.min_residency_s, scheduling.hold_timeout_s) == (1.0, 60.0)
+    assert config.limits.operation_history_s >= 24 * 3600
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert config.host_store.budget_bytes == memory // 2
+
+
+def test_flags_win_over_the_file_and_empty_ones_do_not(tmp_path: Path) -> None:
+    text = '[node]\nhttp = "127.0.0.1:1"\ngrpc = "127.0.0.1:2"\n'
+    config = read(tmp_path, text, http="127.0.0.1:9", grpc="")
+    assert (config.node.http, config.node.grpc) == ("127.0.0.1:9", "127.0.0.1:2")
+
+
+def test_values_are_read_with_their_types(tmp_path: Path) -> None:
+    config = read(tmp_path, '[scheduling]\nin_flight = "recompute"\nmin_residency_s = 2\n')
+    assert config.scheduling.in_flight is InFlight.RECOMPUTE
+    assert config.scheduling.min_residency_s == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[scheduling]\nmin_residence_s = 1\n", "did you mean `min_residency_s`"),
+        ("[schedulin]\n", "unknown key `schedulin`; did you mean `scheduling`"),
+        ("[worker]\nxyz = 1\n", "known are threads"),
+        ("[worker]\nthreads = -1\n", r"\[worker\] threads: .*greater than or equal to 0"),
+        ("[worker]\npage_bytes = 3000000\n", "multiple of 2 MiB"),
+        ('[worker]\nstep_tokens = "many"\n', r"\[worker\] step_tokens: .*integer"),
+        ('[worker]\ndtype = "int8"\n', "'float32', 'bfloat16' or 'float16'"),
+        ("[scheduling]\nhold_timeout_s = nan\n", "hold_timeout_s"),
+        ('[scheduling]\nin_flight = "wait"\n', "in_flight"),
+        ('[node]\nhttp = "8000"\n', "HOST:PORT"),
+        ('[node]\nhttp = "example.org:80"\n', "neither an IP address nor localhost"),
+        ('[node]\nrepository = "/nowhere/at/all"\n', "not a directory"),
+        ("[limits]\noperation_history_s = 60\n", "operation_history_s"),
+        ("[node\n", "cannot read the configuration"),
+    ],
+)
+def test_mistakes_are_refused_and_named(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(ConfigInvalid, match=problem):
+        read(tmp_path, text)
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid) as refused:
+        read(tmp_path, "[worker]\nthreads = -1\nfoo = 1\n[scheduling]\nmin_residency_s = -1\n")
+    assert len(str(refused.value).splitlines()) == 4
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match=r"absent\.toml"):
+        load(tmp_path / "absent.toml", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("uid", "environment", "runtime"),
+    [
+        (0, {}, "/run/hotbay"),
+        (1000, {"XDG_RUNTIME_DIR": "/run/user/1000"}, "/run/user/1000/hotbay"),
+        (0, {"RUNTIME_DIRECTORY": "/run/hotbay-2"}, "/run/hotbay-2"),
+    ],
+)
+def test_directories_follow_from_who_runs_it(
+    monkeypatch: pytest.MonkeyPatch, uid: int, environment: dict[str, str], runtime: str
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    config = load(None, {}, {"HOME": "/home/me", **environment})
+    assert str(config.runtime_dir) == runtime
+    expected = "/var/lib/hotbay" if uid == 0 else "/home/me/.local/state/hotbay"
+    assert str(config.state_dir) == expected
+
+
+def test_without_a_runtime_directory_it_says_which_flag_to_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(ConfigInvalid, match="--runtime-dir"):
+        load(None, {}, {})
