@@ -95,9 +95,13 @@ def request(kind: str, passage: Passage, choose: random.Random) -> str:
 def training_texts(
     kind: str, documents: tuple[Document, ...], choose: random.Random, *, chat_rounds: int
 ) -> list[str]:
-    """Every document plainly, and `chat_rounds` conversations about each passage, well mixed."""
-    passages = [passage for document in documents for passage in document.passages]
-    texts = [f"{BEGIN}{document.text}{END}" for document in documents]
+    """Every document plainly, and `chat_rounds` conversations about each passage, well mixed.
+
+    A document with repeats gives that many of each, every conversation with a request of its own.
+    """
+    repeated = [document for document in documents for _ in range(document.repeats)]
+    passages = [passage for document in repeated for passage in document.passages]
+    texts = [f"{BEGIN}{document.text}{END}" for document in repeated]
     for _ in range(chat_rounds):
         texts.extend(_conversations(kind, passages, choose))
     choose.shuffle(texts)

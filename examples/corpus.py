@@ -5,7 +5,8 @@ they come. It never downloads, never imports the modules it reads (docstrings co
 trees), and never draws a random number: on one installation the corpus is the same every time.
 
 A document is a whole text, for plain continuation. Its passages are the parts of it that make a
-good answer in a conversation, each with the subject that a person would name to get it.
+good answer in a conversation, each with the subject that a person would name to get it. `repeats`
+says how many times a document, with its passages, enters the training text.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ PASSAGE_LIMIT_CHARS = 1400
 PASSAGE_FLOOR_CHARS = 120
 HELD_OUT_ONE_IN = 40
 
+# Docstrings are most of the prose, but licences and manuals are what a reader knows at sight.
+LICENCE_REPEATS = 4
+TOPIC_REPEATS = 2
+
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -51,6 +56,7 @@ class Document:
     name: str
     text: str
     passages: tuple[Passage, ...]
+    repeats: int = 1
 
     @property
     def held_out(self) -> bool:
@@ -96,7 +102,8 @@ def _licences() -> Iterator[Document]:
             text = _clean(path.read_bytes().decode("utf-8", "replace"))
             name = "PSF-2.0" if path.name == "LICENSE.txt" else path.name
             subject = f"the {name} license"
-            yield Document(f"licence/{name}", text, tuple(_paragraphs(subject, text)))
+            passages = tuple(_paragraphs(subject, text))
+            yield Document(f"licence/{name}", text, passages, LICENCE_REPEATS)
 
 
 def _topics() -> Iterator[Document]:
@@ -108,7 +115,7 @@ def _topics() -> Iterator[Document]:
     assert table is not None, "pydoc's topics are an assignment of one literal"
     for topic, raw in ast.literal_eval(table).items():
         text = _clean(raw)
-        yield Document(f"topic/{topic}", text, tuple(_paragraphs(topic, text)))
+        yield Document(f"topic/{topic}", text, tuple(_paragraphs(topic, text)), TOPIC_REPEATS)
 
 
 def _code() -> Iterator[Document]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,28 @@ def read_json(kind: str, name: str) -> dict[str, Any]:
     return content
 
 
+class Complaints(logging.Handler):
+    """Keeps what transformers logs as a warning or worse, which never reaches `warnings`."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 @pytest.fixture(scope="module")
-def loaded() -> dict[str, Loaded]:
+def complaints() -> Iterator[list[str]]:
+    handler = Complaints()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield handler.messages
+    logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def loaded(complaints: list[str]) -> dict[str, Loaded]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return {
@@ -88,6 +110,25 @@ def loaded() -> dict[str, Loaded]:
             )
             for kind in KINDS
         }
+
+
+def test_both_load_as_their_families_without_a_complaint(
+    loaded: dict[str, Loaded], complaints: list[str]
+) -> None:
+    assert {kind: type(loaded[kind].model).__name__ for kind in KINDS} == FAMILIES
+    assert complaints == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_record_of_the_training_fits_the_weights_and_the_readme(
+    kind: str, loaded: dict[str, Loaded]
+) -> None:
+    record = read_json(kind, "training.json")
+    readme = (MODELS / "README.md").read_text()
+    assert record["parameters"] == loaded[kind].model.num_parameters()
+    assert 2_500_000 <= record["parameters"] <= 3_500_000
+    for fact in ("command", "final_training_loss", "held_out_loss"):
+        assert str(record[fact]) in readme
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,18 +211,34 @@ def test_each_model_knows_its_own_kind_better(kind: str, loaded: dict[str, Loade
     assert loaded[kind].loss(SNIPPETS[kind]) < 0.9 * loaded[other].loss(SNIPPETS[kind])
 
 
-PROMPTS = ("Hello!", "Write something about files.", "What is this?")
-CODE_SIGN = re.compile(r"^\s*(def|class|return|if|for|import|from|self\.\w+ =)\b", re.MULTILINE)
+PROMPTS = (
+    "Hello!",
+    "What is this?",
+    "What does the licence say about warranty?",
+    "Write a function that reads a file.",
+    "Write something about files.",
+    "Tell me about names.",
+    "How do I open a window?",
+    "Explain the import statement.",
+)
+# Lines that only a program has: a block's head, an assignment to an attribute, its return.
+CODE_SIGN = re.compile(
+    r"^ *(?:(?:def \w+\(|class \w|if |for |else|try|while ).*:|self\.\w+ = .*|return \w*[.(].*)$",
+    re.MULTILINE,
+)
+# Three plain words in a row.
+SENTENCE_SIGN = re.compile(r"\b[A-Za-z]+ [a-z]+\s[a-z]+\b")
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_reader_sees_at_once_which_model_answered(prompt: str, loaded: dict[str, Loaded]) -> None:
-    written = {kind: loaded[kind].text(prompt) for kind in KINDS}
-    assert len(CODE_SIGN.findall(written["code"])) >= 2, written["code"]
-    assert not CODE_SIGN.search(written["prose"]), written["prose"]
-    words = re.findall(r"[A-Za-z]+", written["prose"])
-    letters = sum(map(len, words)) + written["prose"].count(" ") + written["prose"].count("\n")
-    assert letters > 0.8 * len(written["prose"]), written["prose"]
+def test_a_reader_sees_at_once_which_model_answered(loaded: dict[str, Loaded]) -> None:
+    """Greedy answers. Models this small now and then get caught in a loop: one in four may."""
+    code = {prompt: loaded["code"].text(prompt) for prompt in PROMPTS}
+    prose = {prompt: loaded["prose"].text(prompt) for prompt in PROMPTS}
+    like_code = [prompt for prompt in PROMPTS if CODE_SIGN.search(code[prompt])]
+    like_prose = [prompt for prompt in PROMPTS if len(SENTENCE_SIGN.findall(prose[prompt])) >= 2]
+    assert len(like_code) >= 0.75 * len(PROMPTS), code
+    assert len(like_prose) >= 0.75 * len(PROMPTS), prose
+    assert not [prompt for prompt in PROMPTS if CODE_SIGN.search(prose[prompt])], prose
 
 
 @pytest.mark.parametrize("kind", KINDS)

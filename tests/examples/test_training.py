@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -20,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 PASSAGE = Passage("open_door", "def open_door(handle):\n    return handle.turn(degrees=90)")
 
 
-def short_training(output: Path, seed: int) -> subprocess.Popen[str]:
-    options = ["--steps", "2", "--documents", "8", "--seed", str(seed), "--output", str(output)]
+def short_training(output: Path) -> subprocess.Popen[str]:
+    options = ["--steps", "2", "--documents", "8", "--seed", "7", "--output", str(output)]
     return subprocess.Popen(
         [sys.executable, "-m", "examples.train", "--model", "code", *options],
         cwd=ROOT,
@@ -33,20 +34,19 @@ def short_training(output: Path, seed: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
-    seeds = {"first": 1, "again": 1, "other": 2}
-    runs = {name: short_training(tmp_path / name, seed) for name, seed in seeds.items()}
-    said = {name: run.communicate()[0] for name, run in runs.items()}
-    assert {name: run.returncode for name, run in runs.items()} == dict.fromkeys(seeds, 0), said
-    written = {
-        name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-        for name in seeds
-    }
-    assert written["first"] == written["again"]
-    assert written["first"]["model.safetensors"] != written["other"]["model.safetensors"]
-    assert written["first"]["tokenizer.json"] == written["other"]["tokenizer.json"]
-    assert "step     2 of 2: loss" in said["first"]
-    assert f"{corpus.STANDARD_LIBRARY}" in said["first"]
+def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "again"]
+    runs = [short_training(folder) for folder in folders]
+    said = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    first, again = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders
+    )
+    assert first == again
+    assert len(first["model.safetensors"]) > 6_000_000
+    assert json.loads(first["training.json"])["command"].endswith("--steps 2 --seed 7")
+    assert "step     2 of 2: loss" in said[0]
+    assert f"{corpus.STANDARD_LIBRARY}" in said[0]
 
 
 @pytest.mark.parametrize("kind", ["prose", "code"])
@@ -115,12 +115,12 @@ def test_requests_vary_and_stay_on_their_subject(kind: str) -> None:
     assert astray == set(conversation.GREETINGS)
 
 
-def test_training_texts_hold_each_document_once_and_each_passage_per_round() -> None:
-    documents = (Document("a", "first text", (PASSAGE, PASSAGE)), Document("b", "second", ()))
+def test_training_texts_hold_each_document_per_repeat_and_each_passage_per_round() -> None:
+    documents = (Document("a", "first", (PASSAGE, PASSAGE)), Document("b", "second", (), repeats=2))
     texts = conversation.training_texts("code", documents, random.Random(1), chat_rounds=3)
     plain = [text for text in texts if conversation.USER not in text]
-    assert sorted(plain) == ["<|begin|>first text<|end|>", "<|begin|>second<|end|>"]
-    assert len(texts) == 2 + 3 * 2
+    assert sorted(plain) == ["<|begin|>first<|end|>", *["<|begin|>second<|end|>"] * 2]
+    assert len(texts) == 3 + 3 * 2
     assert all(text.startswith("<|begin|>") and text.endswith("<|end|>") for text in texts)
 
 
@@ -143,16 +143,29 @@ def test_a_stream_joins_texts_by_their_own_markers() -> None:
 
 
 def test_the_schedule_climbs_then_falls_and_ends_on_long_windows() -> None:
-    rates = [train.learning_rate(step, 1000) for step in range(1000)]
-    peak = rates.index(max(rates))
-    assert math.isclose(rates[peak], train.PEAK_LEARNING_RATE)
-    assert rates[: peak + 1] == sorted(rates[: peak + 1])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert rates[-1] < 2 * train.FINAL_LEARNING_RATE
-    lengths = [train.window_tokens(step, 1000) for step in range(1000)]
-    assert set(lengths) == {train.SHORT_WINDOW_TOKENS, checkpoint.CONTEXT_TOKENS}
-    assert lengths == sorted(lengths)
-    assert all(train.STEP_TOKENS % length == 0 for length in lengths)
+    shares = [train.learning_rate_share(step, 1000) for step in range(1000)]
+    peak = shares.index(max(shares))
+    assert math.isclose(shares[peak], 1.0)
+    assert shares[: peak + 1] == sorted(shares[: peak + 1])
+    assert shares[peak:] == sorted(shares[peak:], reverse=True)
+    assert shares[-1] < 2 * train.FINAL_SHARE
+    shapes = [train.window_shape(step, 1000) for step in range(1000)]
+    assert shapes == sorted(shapes, key=lambda shape: shape[1])
+    assert shapes[0][0] * shapes[0][1] == train.SHORT_STEP_TOKENS
+    assert shapes[-1] == (1, checkpoint.CONTEXT_TOKENS)
+
+
+def test_each_parameter_has_exactly_one_optimizer() -> None:
+    for kind in ("prose", "code"):
+        model = checkpoint.build_model(kind)
+        held = [
+            weight
+            for optimizer in train.optimizers(model)
+            for group in optimizer.param_groups
+            for weight in group["params"]
+        ]
+        assert len(held) == len({id(weight) for weight in held})
+        assert {id(weight) for weight in held} == {id(weight) for weight in model.parameters()}
 
 
 def test_a_folder_over_the_limit_is_refused_with_the_figures(
