@@ -27,16 +27,20 @@ from rich.table import Table
 
 REPOSITORY = Path(__file__).resolve().parents[1] / "examples" / "models"
 MODELS = ("prose", "code")
-QUESTIONS = {
-    "prose": ("The licence", "You may copy", "This program", "A class is"),
-    "code": ("def main():", "class Node:", "import os", "for line in"),
-}
-ANSWER_TOKENS = 48
+QUESTIONS = (
+    "What does the licence say about warranty?",
+    "How are files opened and closed?",
+    "Explain what a class is.",
+    "What happens when an error is raised?",
+)
+ANSWER_TOKENS = 64
 STREAMS_PER_MODEL = 6
 REQUEST_TIMEOUT_S = 120.0
 BETWEEN_SWAPS_S = 0.4
+LINK_BYTES_PER_S = 1e9
 
-console = Console()
+# A table is not to be squeezed where output goes to a file.
+console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass
@@ -76,7 +80,7 @@ async def record(node: LocalNode, client: AsyncOpenAI) -> dict[tuple[str, str], 
     for model in (MODELS[1], MODELS[0]):
         await asyncio.to_thread(swap, node, current, model)
         current = model
-        for question in QUESTIONS[model]:
+        for question in QUESTIONS:
             answers[model, question] = await ask(client, model, question)
     return answers
 
@@ -97,7 +101,7 @@ async def stream_on(
     stop: asyncio.Event,
 ) -> None:
     """Ask one model question after question until told to stop; score every answer."""
-    for question in itertools.cycle(QUESTIONS[model]):
+    for question in itertools.cycle(QUESTIONS):
         if stop.is_set():
             return
         try:
@@ -160,8 +164,8 @@ def print_swaps(swaps: list[Swapped]) -> None:
 
 def print_samples(answers: dict[tuple[str, str], str]) -> None:
     """What a swap changes, in words."""
+    question = QUESTIONS[0]
     for model in MODELS:
-        question = QUESTIONS[model][0]
         console.print(f"[bold]{model}[/bold], asked {question!r}:")
         console.print(escape(answers[model, question].strip()), style="dim")
 
@@ -175,7 +179,7 @@ The node is left running in {node.directory}. Try:
   export HOTBAY_ENDPOINT={node.endpoint}
   .venv/bin/gpuctl status
   .venv/bin/gpuctl swap prose code
-  .venv/bin/gpuctl run code "def main():"
+  .venv/bin/gpuctl run code "Explain what a class is."
   .venv/bin/gpuctl events -f
   curl -s {node.http_url}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{{"model": "prose", "messages": [{{"role": "user", "content": "The licence"}}]}}'
@@ -226,13 +230,19 @@ def main() -> int:
     node = LocalNode(
         Path(tempfile.mkdtemp(prefix="hotbay-demo-")),
         repository=REPOSITORY,
-        # One model at a time, and swaps only as commanded: that is what is shown.
-        config={"scheduling": {"max_active_models": 1, "swap_on_demand": False}},
+        # One model at a time, and swaps only as commanded: that is what is shown. The partition's
+        # link is throttled: images this small would cross the host's own through its caches.
+        config={
+            "scheduling": {"max_active_models": 1, "swap_on_demand": False},
+            "worker": {"link_bytes_per_s": LINK_BYTES_PER_S},
+        },
     )
     node.start()
     right = False
     try:
-        console.print(f"A simulated H200 serves on {node.http_url}; gpuctl: {node.endpoint}")
+        console.print(
+            f"A simulated H200 serves on {node.http_url}; its link is {LINK_BYTES_PER_S:.0e} B/s"
+        )
         right = asyncio.run(show(node, max(10, arguments.swaps)))
         console.print(
             f"{'All right' if right else 'NOT right'} after {time.monotonic() - started_s:.0f} s"

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hotbay.local_node import LocalNode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "examples" / "models"
 PROMPTS = {
@@ -58,21 +60,31 @@ class Oracle:
         """The continuation of `prompt` by at most `tokens` tokens, as text."""
         key = (model, prompt, tokens)
         if key not in self._answers:
-            self._answers[key] = self._generate(*key)
+            tokenizer, _ = self._load(model)
+            self._answers[key] = self._generate(model, tokenizer(prompt).input_ids, tokens)
         return self._answers[key]
 
-    def _generate(self, model: str, prompt: str, tokens: int) -> str:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    def chat(self, model: str, question: str, tokens: int) -> str:
+        """The answer to one user message, as text."""
+        tokenizer, _ = self._load(model)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        return self._generate(model, ids, tokens)
 
+    def _load(self, model: str) -> tuple[Any, Any]:
         if model not in self._loaded:
             directory = str(REPOSITORY / model / "1")
             self._loaded[model] = (
                 AutoTokenizer.from_pretrained(directory),
                 AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(),
             )
-        tokenizer, network = self._loaded[model]
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        return self._loaded[model]
+
+    def _generate(self, model: str, prompt: list[int], tokens: int) -> str:
+        tokenizer, network = self._load(model)
+        ids = torch.tensor([prompt])
         with torch.no_grad():
             output = network.generate(ids, max_new_tokens=tokens, do_sample=False)
         text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

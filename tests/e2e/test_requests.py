@@ -181,13 +181,28 @@ def test_every_parameter_at_once(node: LocalNode, oracle: Oracle) -> None:
 
 
 @pytest.mark.slow
+def test_chat_is_templated_as_transformers_does(node: LocalNode, oracle: Oracle) -> None:
+    client = OpenAI(base_url=f"{node.http_url}/v1", api_key="none", max_retries=0)
+    question = "What does the licence say about warranty?"
+    answer = client.chat.completions.create(
+        model="prose",
+        messages=[{"role": "user", "content": question}],
+        max_tokens=40,
+        temperature=0,
+    )
+    assert answer.choices[0].message.content == oracle.chat("prose", question, 40)
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+@pytest.mark.slow
 def test_metrics_are_the_whole_nodes(node: LocalNode) -> None:
     httpx.post(f"{node.http_url}/v1/completions", json={**PROMPT, "max_tokens": 4}, timeout=30)
     url = node.http_url
     text = httpx.get(f"{url}/metrics", timeout=10).text
     names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line[:1] != "#"}
     assert any(name.startswith("hotbay_gateway_") for name in names), "the gateway's"
-    assert any(name.startswith("hotbay_exchange") for name in names), "hotbayd's"
+    assert any(name.startswith("hotbay_swap") for name in names), "hotbayd's"
     assert any("kv" in name for name in names), "the workers'"
     assert "hotbay_control_up 1.0" in text
     assert httpx.get(f"{url}/livez", timeout=5).status_code == 200
