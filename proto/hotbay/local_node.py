@@ -107,11 +107,11 @@ class LocalNode:
             try:
                 if self.client.node().http_address:
                     return
-            except HotbayError as error:
+            except HotbayError:
                 if self._process.poll() is not None:
                     raise LocalNodeFailed(
                         f"hotbayd ended with code {self._process.returncode}:\n{self._log_tail()}"
-                    ) from error
+                    ) from None
             if time.monotonic() > deadline_s:
                 self.kill()
                 raise LocalNodeFailed(
