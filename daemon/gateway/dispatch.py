@@ -24,8 +24,9 @@ from daemon.gateway.hold import HoldQueue
 from daemon.gateway.metrics import GatewayMetrics
 from daemon.gateway.streams import Mailbox, Phase, Stream
 from daemon.gateway.table import Table
+from daemon.gateway.unfinished import Unfinished
 from daemon.gateway.workers import Workers
-from engine.link.routes import Disposition, ModelDemand, Route
+from engine.link.routes import Disposition, Route
 from engine.link.tokens import Finish, Output, Sampling
 
 REQUEUE_RETRY_S = 0.1
@@ -40,12 +41,11 @@ class Dispatcher:
         self.table = Table()
         self.draining = False
         self.workers = Workers(self)
+        self.unfinished = Unfinished()
         self._loop = asyncio.get_running_loop()
         self._metrics = metrics
         self._on_change = on_change
         self._held = HoldQueue(self.table.limits.held_requests_max)
-        self._unfinished: dict[str, dict[int, Stream]] = {}
-        self._unserved_since_s: dict[str, float] = {}
         self._retries: dict[str, asyncio.TimerHandle] = {}
         self._serials = itertools.count(1)
 
@@ -87,7 +87,7 @@ class Dispatcher:
                     retry_after_s=RETRY_AFTER_S,
                 )
             self._hold(stream)
-        self._unfinished.setdefault(stream.model, {})[stream.serial] = stream
+        self.unfinished.add(stream)
         if not self.table.serves(stream.model):
             self._on_change()
         return stream
@@ -104,13 +104,8 @@ class Dispatcher:
 
     def set_table(self, table: Table) -> None:
         """Put a table in force: links, limits, and what is held."""
-        now_s = time.monotonic()
-        self._unserved_since_s = {
-            key: self._unserved_since_s.get(key, now_s)
-            for key in table.by_key
-            if not table.serves(key)
-        }
         self.table = table
+        self.unfinished.table_changed(table)
         self._held.requests_max = table.limits.held_requests_max
         self.workers.set_addresses(table.workers.values())
         for model in list(self._retries):
@@ -119,32 +114,16 @@ class Dispatcher:
             self._release(model)
         self._on_change()
 
-    def demand(self) -> tuple[ModelDemand, ...]:
-        """Unfinished streams of models that are not served, at a worker or held here."""
-        now_s = time.monotonic()
-        demands = []
-        for model, streams in self._unfinished.items():
-            if model in self.table.by_key and not self.table.serves(model):
-                oldest = next(iter(streams.values()))
-                since_s = max(oldest.arrived_s, self._unserved_since_s.get(model, 0.0))
-                demands.append(ModelDemand(model, len(streams), now_s - since_s))
-        return tuple(demands)
-
-    @property
-    def unfinished(self) -> int:
-        return sum(map(len, self._unfinished.values()))
-
     @property
     def held(self) -> int:
         return len(self._held)
 
     def fail_all(self, error: RequestFailed) -> None:
         """End every stream with this error."""
-        for streams in list(self._unfinished.values()):
-            for stream in list(streams.values()):
-                if stream.link is not None:
-                    stream.link.cancel(stream)
-                self._fail(stream, error)
+        for stream in self.unfinished:
+            if stream.link is not None:
+                stream.link.cancel(stream)
+            self._fail(stream, error)
 
     # What the token links call.
 
@@ -281,9 +260,6 @@ class Dispatcher:
         if stream.phase is Phase.HELD:
             self._unhold(stream)
         stream.phase, stream.link = Phase.FINISHED, None
-        streams = self._unfinished.get(stream.model, {})
-        streams.pop(stream.serial, None)
-        if not streams:
-            self._unfinished.pop(stream.model, None)
+        self.unfinished.remove(stream)
         if not self.table.serves(stream.model):
             self._on_change()

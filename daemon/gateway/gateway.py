@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -24,8 +22,9 @@ from daemon.gateway.control import ControlListener
 from daemon.gateway.custody import Custody
 from daemon.gateway.demand import DemandReporter
 from daemon.gateway.dispatch import Dispatcher
-from daemon.gateway.errors import AddressTaken, AlreadyRunning, Unavailable
+from daemon.gateway.errors import Unavailable
 from daemon.gateway.health import HealthServer
+from daemon.gateway.listening import Address, listen, lock
 from daemon.gateway.metrics import GatewayMetrics
 from daemon.gateway.openai.serve import Completions
 from daemon.gateway.table import Table
@@ -36,21 +35,9 @@ from engine.link.routes import PROTOCOL, GatewayState
 
 CLOSE_TIMEOUT_S = 2
 """How long connections are given to close once every answer is out, in whole seconds."""
-LISTEN_BACKLOG = 1024
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Address:
-    """A host and a port; port 0 means any free one."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class _HttpServer(uvicorn.Server):
@@ -90,17 +77,16 @@ class Gateway:
 
     async def run(self) -> None:
         """Serve until stopped. Raises StartFailed when it cannot begin."""
-        lock = _lock(self._directory)
+        held = lock(self._directory)
         try:
-            sock = _listen(self._http)
+            sock = listen(self._http)
             self._http = Address(self._http.host, sock.getsockname()[1])
-            grpc_port = await self._health.start(self._grpc.host, self._grpc.port)
-            self._grpc = Address(self._grpc.host, grpc_port)
+            self._grpc = await self._health.start(self._grpc)
             await self._serve(sock)
         finally:
             await self._health.stop()
             self._custody.close()
-            os.close(lock)
+            os.close(held)
 
     async def _serve(self, sock: socket.socket) -> None:
         control = ControlListener(
@@ -111,10 +97,10 @@ class Gateway:
             shutdown=self.stop,
             connected=lambda: self._demand.reconnected() if self._demand else None,
         )
-        self._demand = DemandReporter(self._dispatcher.demand, control.post_demand)
-        self._gauges()
+        self._demand = DemandReporter(self._dispatcher.unfinished.demand, control.post_demand)
         completions = Completions(self._dispatcher, self._tokenizers, self._metrics, self._config)
         server = _HttpServer(self._http_config(control, completions))
+        self._gauges(server)
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(control.run(), name="control"),
@@ -138,7 +124,7 @@ class Gateway:
         self._changed()
         log.info(
             "shutting down: %d streams have %g s to end",
-            self._dispatcher.unfinished,
+            len(self._dispatcher.unfinished),
             self._drain_timeout_s,
         )
         with contextlib.suppress(TimeoutError):
@@ -200,16 +186,20 @@ class Gateway:
             segments=self._custody.digests,
         )
 
-    def _gauges(self) -> None:
+    def _gauges(self, server: uvicorn.Server) -> None:
         dispatcher = self._dispatcher
         self._metrics.gauges |= {
+            "hotbay_open_connections": (
+                "HTTP connections of clients.",
+                lambda: len(server.server_state.connections),
+            ),
             "hotbay_held_requests": (
                 "Requests waiting here for their model.",
                 lambda: dispatcher.held,
             ),
             "hotbay_unfinished_requests": (
                 "Sequences held or at a worker.",
-                lambda: dispatcher.unfinished,
+                lambda: len(dispatcher.unfinished),
             ),
             "hotbay_worker_links": (
                 "Workers this gateway is connected to.",
@@ -224,34 +214,3 @@ class Gateway:
                 lambda: len(self._custody.digests),
             ),
         }
-
-
-def _lock(directory: Path) -> int:
-    """Make the directory private and lock it. Raises AlreadyRunning."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory.chmod(0o700)
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise AlreadyRunning(
-            f"another gateway runs in {directory}; end it, or give another --runtime-dir"
-        ) from None
-    return descriptor
-
-
-def _listen(address: Address) -> socket.socket:
-    """A listening socket. Raises AddressTaken."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((address.host, address.port))
-        sock.listen(LISTEN_BACKLOG)
-    except OSError as error:
-        sock.close()
-        raise AddressTaken(
-            f"cannot listen for HTTP on {address}: {error.strerror}; give another --http"
-        ) from error
-    return sock

@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from daemon.gateway.errors import AddressTaken
+from daemon.gateway.listening import Address
 
 MESSAGE_BYTES_MAX = 16 << 20
 
@@ -36,21 +37,19 @@ class HealthServer:
         name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((name, reflection.SERVICE_NAME), self._server)
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; the port taken. Raises AddressTaken."""
+    async def start(self, address: Address) -> Address:
+        """Listen; the address with the port that was taken. Raises AddressTaken."""
         try:
-            bound: int = self._server.add_insecure_port(f"{host}:{port}")
+            bound: int = self._server.add_insecure_port(str(address))
         except RuntimeError as error:
             bound, reason = 0, f": {error}"
         else:
             reason = ""
         if bound == 0:
-            raise AddressTaken(
-                f"cannot listen for gRPC on {host}:{port}{reason}; give another --grpc"
-            )
+            raise AddressTaken(f"cannot listen for gRPC on {address}{reason}; give another --grpc")
         await self._set()
         await self._server.start()
-        return bound
+        return Address(address.host, bound)
 
     def changed(self) -> None:
         """Readiness may have changed; cheap."""

@@ -18,7 +18,8 @@ import uvloop
 
 from daemon.gateway.config import GatewayConfig, read_config
 from daemon.gateway.errors import ConfigInvalid, StartFailed
-from daemon.gateway.gateway import Address, Gateway
+from daemon.gateway.gateway import Gateway
+from daemon.gateway.listening import Address
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

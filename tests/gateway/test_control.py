@@ -172,6 +172,7 @@ def test_metrics_are_the_whole_nodes(stage: GatewayStage, say: Callable[..., Non
     assert stage.gauge("hotbay_time_to_first_token_seconds_count") > 0
     assert stage.gauge("hotbay_inter_token_seconds_count") > 0
     assert stage.gauge("hotbay_worker_links") == 1
+    assert stage.gauge("hotbay_open_connections") >= 1
 
 
 def test_a_silent_hotbayd_does_not_hold_metrics_up(stage: GatewayStage) -> None:

@@ -87,6 +87,7 @@ class TokenizerCache:
     def __init__(self, tokenizers_max: int) -> None:
         self._tokenizers_max = tokenizers_max
         self._loads: OrderedDict[tuple[str, str], asyncio.Task[ModelTokenizer]] = OrderedDict()
+        self._offered: set[tuple[str, str]] = set()
 
     async def get(self, route: Route) -> ModelTokenizer:
         """The tokenizer of a route's model. Raises TokenizerUnusable, and tries anew next time."""
@@ -108,10 +109,14 @@ class TokenizerCache:
             raise
 
     async def preload(self, routes: tuple[Route, ...]) -> None:
-        """Load what will be asked for, one after another, so that a first request need not wait."""
-        for route in routes[: self._tokenizers_max]:
-            if (route.model, route.directory) not in self._loads:
-                try:
-                    await self.get(route)
-                except TokenizerUnusable as error:
-                    log.warning("%s: %s", route.model, error)
+        """Load what will be asked for, one after another, so that a first request need not wait.
+
+        Each model is tried once for as long as it is among the routes.
+        """
+        fresh = [route for route in routes if (route.model, route.directory) not in self._offered]
+        self._offered = {(route.model, route.directory) for route in routes}
+        for route in fresh[: self._tokenizers_max]:
+            try:
+                await self.get(route)
+            except TokenizerUnusable as error:
+                log.warning("%s: %s", route.model, error)
