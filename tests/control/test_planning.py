@@ -1,0 +1,81 @@
+"""Placement arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+
+from daemon.control.config import Worker
+from daemon.control.errors import Refused
+from daemon.control.failures import Failed
+from daemon.control.planning import (
+    PartitionView,
+    Resident,
+    context_tokens,
+    place,
+    plan_move,
+    resident,
+)
+from daemon.control.records import Facts, Failure, Version
+from swap.errors import InsufficientDeviceMemory
+
+MIB = 1 << 20
+FACTS = Facts("llama", 10, 10, 2, 4096, 5 * MIB, 6 * MIB, 5 * MIB, 1024)
+VERSION = Version("prose", 1, "/m", "api", 0.0, "f", facts=FACTS)
+
+
+def view(name: str, pages: int, *residents: Resident, overhead_ms: float = 0.0) -> PartitionView:
+    return PartitionView(name, 2 * MIB, pages, 1e9, residents, overhead_ms)
+
+
+def test_context_is_the_smaller_limit() -> None:
+    assert context_tokens(FACTS, Worker(context_tokens_max=8192)) == 4096
+    assert context_tokens(FACTS, Worker(context_tokens_max=100)) == 100
+
+
+def test_a_model_takes_its_weights_and_the_kv_of_one_longest_request() -> None:
+    found = resident(VERSION, Worker(context_tokens_max=2048))
+    assert found == Resident("prose@1", 5 * MIB, 2 * MIB)
+    # Whole pages for each: three for 5 MiB of weights, one for the KV.
+    assert view("gpu0", 10).pages(found) == 4
+    assert view("gpu0", 10, found).pages_free == 6
+
+
+def test_unusable_versions_say_why() -> None:
+    failure = Failure("CHECKPOINT_INVALID", "tensor x is missing")
+    with pytest.raises(Failed, match="tensor x is missing"):
+        resident(Version("prose", 1, "/m", "api", 0.0, "f", failure=failure), Worker())
+
+
+def test_plan_counts_what_moves() -> None:
+    prose, code = Resident("prose@1", 5 * MIB, MIB), Resident("code@1", 7 * MIB, MIB)
+    plan = plan_move(view("gpu0", 6, prose, overhead_ms=4.0), ("prose@1",), code, 99)
+    assert plan.outgoing == ("prose@1",)
+    assert (plan.copy_bytes, plan.evict_bytes, plan.build_bytes) == (7 * MIB, 5 * MIB, 99)
+    assert plan.device_bytes_needed == 5 * 2 * MIB
+    assert plan.device_bytes_available == 6 * 2 * MIB
+    assert plan.predicted_ms == pytest.approx(7 * MIB / 1e9 * 1000 + 4.0)
+
+
+def test_place_takes_the_emptiest_partition() -> None:
+    full = view("gpu0", 9, Resident("x@1", 8 * MIB, MIB))
+    assert place([full, view("gpu1", 8)], Resident("p@1", MIB, MIB), 0, 0).partition == "gpu1"
+
+
+def test_place_explains_why_it_has_none() -> None:
+    crowded = view("gpu0", 100, Resident("x@1", MIB, MIB))
+    full = view("gpu1", 8, Resident("y@1", 14 * MIB, MIB))
+    plan = place([crowded, full], Resident("p@1", 4 * MIB, MIB), 1, 7)
+    assert plan.partition == ""
+    assert (plan.incoming, plan.build_bytes) == ("p@1", 7)
+    assert "gpu0 has 1 models already (scheduling.max_active_models = 1)" in plan.note
+    assert "gpu1 has 1 models already" in plan.note
+    tight = place([full], Resident("p@1", 4 * MIB, MIB), 0, 0)
+    assert "y@1 would stay" in tight.note
+
+
+def test_place_refuses_what_even_an_empty_partition_cannot_hold() -> None:
+    with pytest.raises(InsufficientDeviceMemory, match="use a partition of at least"):
+        place([view("gpu0", 3), view("gpu1", 2)], Resident("p@1", 20 * MIB, MIB), 0, 0)
+    with pytest.raises(Refused) as refused:
+        place([], Resident("p@1", MIB, MIB), 0, 0)
+    assert refused.value.reason == "WORKER_UNAVAILABLE"
