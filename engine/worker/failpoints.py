@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 
 from engine.worker.errors import FailPointReached, OptionInvalid
@@ -35,34 +36,49 @@ class Action(StrEnum):
     HANG = "hang"
 
 
+@dataclass(frozen=True)
+class Trigger:
+    """What happens at a point, after it was passed `skip` times."""
+
+    action: Action
+    skip: int = 0
+
+
 class FailPoints:
     """The points that are switched on. Used by the step thread only."""
 
-    def __init__(self, actions: Mapping[FailPoint, Action]) -> None:
-        self._actions = dict(actions)
+    def __init__(self, triggers: Mapping[FailPoint, Trigger]) -> None:
+        self._triggers = dict(triggers)
+        self._passed = dict.fromkeys(triggers, 0)
 
     def reach(self, point: FailPoint, hang: Callable[[], None]) -> None:
         """Do what `point` was told to; `hang` must wait until somebody interrupts the wait."""
-        action = self._actions.pop(point, None)
-        if action is None:
+        trigger = self._triggers.get(point)
+        if trigger is None:
             return
-        if action is Action.KILL:
+        if self._passed[point] < trigger.skip:
+            self._passed[point] += 1
+            return
+        del self._triggers[point]
+        if trigger.action is Action.KILL:
             os.kill(os.getpid(), signal.SIGKILL)
-        if action is Action.HANG:
+        if trigger.action is Action.HANG:
             hang()
-        raise FailPointReached(f"fail point {point} was switched on to {action}")
+        raise FailPointReached(f"fail point {point} was switched on to {trigger.action}")
 
 
-def parse_failpoints(text: str) -> dict[FailPoint, Action]:
-    """Read `name=action,name=action`. Raises OptionInvalid naming what is known."""
-    actions: dict[FailPoint, Action] = {}
+def parse_failpoints(text: str) -> dict[FailPoint, Trigger]:
+    """Read `name=action,name+2=action`: the latter lets two pass. Raises OptionInvalid naming
+    what is known."""
+    triggers: dict[FailPoint, Trigger] = {}
     for entry in filter(None, text.split(",")):
-        name, _, action = entry.partition("=")
+        place, _, action = entry.partition("=")
+        name, _, skip = place.partition("+")
         try:
-            actions[FailPoint(name)] = Action(action)
+            triggers[FailPoint(name)] = Trigger(Action(action), int(skip or 0))
         except ValueError as error:
             raise OptionInvalid(
                 f"fail point {entry!r} is not known: names are {', '.join(FailPoint)}; "
                 f"actions are {', '.join(Action)}"
             ) from error
-    return actions
+    return triggers

@@ -125,6 +125,7 @@ class StepLoop:
         )
         self._exchange, self._awaited = exchange, None
         self._begin(self._run_exchange(exchange), order.done)
+        self._tell()
 
     def _run_exchange(self, exchange: Exchange) -> Waits:
         done = exchange.order.done

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.worker.errors import OptionInvalid
-from engine.worker.failpoints import Action, FailPoint, parse_failpoints
+from engine.worker.failpoints import FailPoint, Trigger, parse_failpoints
 
 HOST_PAGE_BYTES = 2 << 20
 STEP_TOKENS = 512
@@ -37,7 +37,7 @@ class Options:
     """Tokens of prompts and decodes that one engine step computes at most."""
     stage_timeout_s: float = 30.0
     """Longest that one stage of an exchange may take, draining apart."""
-    failpoints: Mapping[FailPoint, Action] = field(default_factory=dict)
+    failpoints: Mapping[FailPoint, Trigger] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:

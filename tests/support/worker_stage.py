@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -207,12 +207,12 @@ class HotbaydSide:
         assert isinstance(reply, control.Exchanged), reply
         return reply.result
 
-    async def stage(self, stage: control.Stage) -> control.StageReached:
+    async def stage(self, operation: str, stage: control.Stage) -> control.StageReached:
         """Wait until an exchange has told of a stage."""
         async with asyncio.timeout(CALL_TIMEOUT_S):
             while True:
                 for reached in self.stages:
-                    if reached.stage is stage:
+                    if (reached.operation, reached.stage) == (operation, stage):
                         return reached
                 self.reached.clear()
                 await self.reached.wait()
@@ -230,11 +230,27 @@ class HotbaydSide:
 
 
 class WorkerStage:
-    """A worker's process and the ways to reach it."""
+    """A worker's process and the ways to reach it; `sides` are closed by `disconnect`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, directory: Path) -> None:
-        self.process = process
-        self.directory = directory
+    def __init__(
+        self,
+        runtime_dir: Path,
+        *arguments: str,
+        memory_bytes: int = MEMORY_BYTES,
+        partition: str = "p0",
+    ) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.directory = runtime_dir / "workers" / partition
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                *("-m", "engine.worker.main", "--partition", partition),
+                *("--runtime-dir", str(runtime_dir), "--generation", "1", "--threads", "1"),
+                *("--memory-bytes", str(memory_bytes), *arguments),
+            ],
+            env=environment,
+            cwd=ROOT,
+        )
         self._sides: list[HotbaydSide | GatewaySide] = []
 
     @property
@@ -251,12 +267,32 @@ class WorkerStage:
         self._sides.append(side)
         return side
 
-    async def close(self) -> None:
+    async def ended(self) -> int:
+        """Wait for the process's end; its exit status."""
+        return await asyncio.to_thread(self.process.wait, CALL_TIMEOUT_S)
+
+    async def clear(self) -> None:
+        """Unload every model, and check that nothing is left."""
+        hotbayd = await self.hotbayd()
+        models = tuple(one.model for one in (await hotbayd.describe()).engines)
+        if models:
+            unload = Exchange(operation=f"clear-{id(models)}", outgoing=models, discard=True)
+            assert (await hotbayd.exchange(unload)).error == ""
+        state = await hotbayd.describe()
+        assert (state.engines, state.pages_free) == ((), state.pages_total)
+        for digest in state.images:
+            await hotbayd.done(control.DetachImage(digest))
+
+    async def disconnect(self) -> None:
+        """Close every link to it."""
         for side in self._sides:
             await side.close()
-        if self.process.returncode is None:
-            self.process.send_signal(signal.SIGKILL)
-        await self.process.wait()
+        self._sides.clear()
+
+    def kill(self) -> None:
+        """End the process, if it has not ended."""
+        self.process.kill()
+        self.process.wait()
 
 
 async def connect(path: Path) -> socket.socket:
@@ -276,23 +312,15 @@ async def connect(path: Path) -> socket.socket:
 
 @asynccontextmanager
 async def worker_process(
-    runtime_dir: Path, *arguments: str, memory_bytes: int = MEMORY_BYTES, partition: str = "p0"
+    runtime_dir: Path, *arguments: str, **values: Any
 ) -> AsyncIterator[WorkerStage]:
-    """Start a worker and yield once it can be connected to; it is killed at the end."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "engine.worker.main", "--partition", partition),
-        *("--runtime-dir", str(runtime_dir), "--generation", "1", "--threads", "1"),
-        *("--memory-bytes", str(memory_bytes), *arguments),
-        env=environment,
-        cwd=ROOT,
-    )
-    stage = WorkerStage(process, runtime_dir / "workers" / partition)
+    """A worker of one's own; it is killed at the end."""
+    stage = WorkerStage(runtime_dir, *arguments, **values)
     try:
         yield stage
     finally:
-        await stage.close()
+        await stage.disconnect()
+        stage.kill()
 
 
 def load(model: str, image: BuiltImage, operation: str = "load", **values: Any) -> Exchange:

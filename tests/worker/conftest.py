@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.engine.checkpoints import Checkpoint, make_checkpoint
-from tests.support.worker_stage import BuiltImage, build_segment
+from tests.support.worker_stage import (
+    BuiltImage,
+    GatewaySide,
+    HotbaydSide,
+    WorkerStage,
+    build_segment,
+    load,
+)
 
 
 @dataclass
@@ -35,13 +43,13 @@ def make_model(key: str, directory: Path, shape: str, seed: int) -> Model:
 @pytest.fixture(scope="session")
 def prose(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A Llama."""
-    return make_model("prose@1", tmp_path_factory.mktemp("prose"), "llama", 1)
+    return make_model("prose@1", tmp_path_factory.mktemp("prose"), "llama", 5)
 
 
 @pytest.fixture(scope="session")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A Qwen3."""
-    return make_model("code@1", tmp_path_factory.mktemp("code"), "qwen3", 2)
+    return make_model("code@1", tmp_path_factory.mktemp("code"), "qwen3", 4)
 
 
 @pytest.fixture
@@ -50,3 +58,29 @@ def runtime_dir() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="hb"))
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def shared_worker() -> Iterator[WorkerStage]:
+    """One process for a file's tests; each leaves it empty (`serving` sees to that)."""
+    directory = Path(tempfile.mkdtemp(prefix="hb"))
+    stage = WorkerStage(directory)
+    yield stage
+    stage.kill()
+    shutil.rmtree(directory)
+
+
+@asynccontextmanager
+async def serving(
+    worker: WorkerStage, *models: Model
+) -> AsyncIterator[tuple[HotbaydSide, GatewaySide]]:
+    """All images attached and the first model ACTIVE; afterwards nothing is left on the worker."""
+    try:
+        hotbayd, gateway = await worker.hotbayd(), await worker.gateway()
+        for model in models:
+            await hotbayd.attach(model.image)
+        assert (await hotbayd.exchange(load(models[0].key, models[0].image))).error == ""
+        yield hotbayd, gateway
+        await worker.clear()
+    finally:
+        await worker.disconnect()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.worker.errors import FailPointReached, OptionInvalid
-from engine.worker.failpoints import Action, FailPoint, FailPoints, parse_failpoints
+from engine.worker.failpoints import Action, FailPoint, FailPoints, Trigger, parse_failpoints
 from engine.worker.options import parse_options
 
 BASE = ["--partition", "p0", "--runtime-dir", "/run/x", "--generation", "3"]
@@ -51,17 +51,20 @@ def test_the_program_says_why_it_does_not_start() -> None:
 
 
 def test_fail_points_are_read_by_name() -> None:
-    actions = parse_failpoints("planned=raise,copying=hang")
-    assert actions == {FailPoint.PLANNED: Action.RAISE, FailPoint.COPYING: Action.HANG}
+    assert parse_failpoints("planned=raise,copying+2=hang") == {
+        FailPoint.PLANNED: Trigger(Action.RAISE),
+        FailPoint.COPYING: Trigger(Action.HANG, skip=2),
+    }
     assert parse_failpoints("") == {}
-    for wrong in ("nowhere=raise", "planned=explode", "planned"):
+    for wrong in ("nowhere=raise", "planned=explode", "planned", "planned+x=raise"):
         with pytest.raises(OptionInvalid, match="rolling-back"):
             parse_failpoints(wrong)
 
 
 def test_a_fail_point_fires_once() -> None:
-    points = FailPoints({FailPoint.EVICTED: Action.RAISE})
+    points = FailPoints({FailPoint.EVICTED: Trigger(Action.RAISE, skip=1)})
     points.reach(FailPoint.COPIED, hang=pytest.fail)
+    points.reach(FailPoint.EVICTED, hang=pytest.fail)
     with pytest.raises(FailPointReached, match="evicted"):
         points.reach(FailPoint.EVICTED, hang=pytest.fail)
     points.reach(FailPoint.EVICTED, hang=pytest.fail)
@@ -75,4 +78,4 @@ def test_a_hang_that_is_interrupted_raises_the_interruption() -> None:
         raise Interrupted
 
     with pytest.raises(Interrupted):
-        FailPoints({FailPoint.EVICTED: Action.HANG}).reach(FailPoint.EVICTED, hang)
+        FailPoints({FailPoint.EVICTED: Trigger(Action.HANG)}).reach(FailPoint.EVICTED, hang)
