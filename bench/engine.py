@@ -3,10 +3,10 @@
     python -m bench.engine [--output bench/results/engine.json]
 
 Both compute the same thing: a 28M-parameter Llama with random weights in float32, 32 greedy
-requests at once. transformers gets each attention and page size that runs on a processor, and the
-best of them is what the engine is held against. Rounds alternate between the two, and each side is
-judged by its best round, so that what else the machine does weighs little. Every round's tokens are
-compared: a round in which the two differ does not count as one.
+requests at once. transformers gets each attention, page size and step size that runs on a
+processor; the best of them goes on to the rounds, which alternate between the two. The engine is
+judged by its best round, transformers by its best run of all, so that what else the machine does
+weighs little. Every round's tokens are compared, and must be equal.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ def run_peer(
 
 
 def choose_peer(
-    model: Any, prompts: Tokens, new_tokens: int
+    model: Any, prompts: Tokens, new_tokens: int, tries: int
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The peer's best configuration, and the rate of each that ran."""
+    """The peer's best configuration, and the best rate of each that ran, of so many tries."""
     rates: dict[str, float] = {}
     best: dict[str, Any] = {}
     for attention in PEER_ATTENTION:
@@ -157,12 +157,14 @@ def choose_peer(
                     "page_tokens": page_tokens,
                     "batch_tokens": batch_tokens,
                 }
-                timing = run_peer(model, prompts, new_tokens, **choice)
-                if sum(map(len, timing.tokens)) != len(prompts) * new_tokens:
-                    continue
-                if timing.rate > max(rates.values(), default=0.0):
+                name = f"{attention}, {page_tokens} a page, {batch_tokens} a step"
+                timings = [run_peer(model, prompts, new_tokens, **choice) for _ in range(tries)]
+                wanted = len(prompts) * new_tokens
+                assert all(sum(map(len, timing.tokens)) == wanted for timing in timings), name
+                rate = max(timing.rate for timing in timings)
+                if rate > max(rates.values(), default=0.0):
                     best = choice
-                rates[f"{attention}, {page_tokens} a page, {batch_tokens} a step"] = timing.rate
+                rates[name] = rate
     return best, rates
 
 
@@ -179,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tries", type=int, default=2, help="of each configuration of the peer")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
@@ -188,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = (options.requests, options.prompt_tokens)
     prompts: Tokens = torch.randint(0, VOCABULARY, shape, generator=generator).tolist()
     run_engine(spec, weights, prompts, options.new_tokens)  # warm, as the peer is by its choice
-    choice, rates = choose_peer(model, prompts, options.new_tokens)
+    choice, rates = choose_peer(model, prompts, options.new_tokens, options.tries)
     pairs = measure(
         lambda: run_engine(spec, weights, prompts, options.new_tokens),
         lambda: run_peer(model, prompts, options.new_tokens, **choice),
@@ -196,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     equal = sum(own.tokens == peer.tokens for own, peer in pairs)
     own, peer = (max(side.rate for side in sides) for sides in zip(*pairs, strict=True))
+    peer = max(peer, *rates.values())
     ratios = [ours.rate / theirs.rate for ours, theirs in pairs]
     requests = f"{options.requests} greedy requests"
     met = report(
@@ -204,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Figure(f"engine, {requests}", f"{own:.0f} tokens/s"),
             Figure(f"generate_batch, {requests}", f"{peer:.0f} tokens/s"),
             Figure(
-                "engine over generate_batch, best rounds",
+                "engine over generate_batch, best runs",
                 f"{own / peer:.2f} x",
                 f">= {REACH} x (next {NEXT_REACH} x)",
                 own / peer >= REACH,

@@ -167,7 +167,7 @@ def test_norm_and_activation() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("count", [1, 3, 64])
+@pytest.mark.parametrize("count", [1, 7, 8, 64, 96, 97])
 def test_linear_with_and_without_bias(dtype: torch.dtype, count: int) -> None:
     rows = torch.randn(count, 40).to(dtype)
     weight, bias = torch.randn(24, 40).to(dtype), torch.randn(24).to(dtype)
