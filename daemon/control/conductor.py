@@ -17,12 +17,12 @@ import msgspec
 from daemon.control.errors import Refused
 from daemon.control.failpoints import FailPoint, FailPoints
 from daemon.control.images import Images
-from daemon.control.operations import Handle, Operations, Outcome, Request
+from daemon.control.operations import Operations
 from daemon.control.planning import PartitionView, facts_of, place, plan_move, resident
 from daemon.control.records import Cause, Intent, Kind, Operation, Plan, Result, Stage, Version
+from daemon.control.running import Handle, Outcome, Request
 from daemon.control.transitions import Transitions
 from daemon.control.world import World
-from swap.errors import InsufficientDeviceMemory
 
 READY_WAIT_S = 10.0
 
@@ -200,15 +200,6 @@ class Conductor:
         leaving = self._images.evictions(needed)
         names = (self._world.registry.of_digest(digest) or [digest[:12]] for digest in leaving)
         return needed, tuple(key for keys in names for key in keys)
-
-    def fits(self, key: str, partition: str, victims: tuple[str, ...]) -> bool:
-        """Whether a model would fit on a partition once `victims` have left it."""
-        incoming = resident(self._world.registry[key], self._world.config.worker)
-        try:
-            plan_move(self._world.view(partition, key), victims, incoming, 0)
-        except InsufficientDeviceMemory:
-            return False
-        return True
 
     def _foreseen(self, intent: Intent, plan: Plan) -> Result:
         model = intent.incoming or (intent.outgoing[0] if intent.outgoing else "")

@@ -116,7 +116,7 @@ class Limits(Section):
     operations_kept_max: Annotated[int, Field(ge=10, le=1_000_000)] = 10_000
     operation_history_s: Annotated[float, Field(ge=86400, allow_inf_nan=False)] = 7 * 86400.0
     operations_open_max: Count = 256
-    models_max: Count = 10_000
+    models_max: Count = 1000
     watch_events_max: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
     watchers_max: Count = 1024
     watcher_events_max: Annotated[int, Field(ge=16, le=100_000)] = 4096

@@ -15,10 +15,11 @@ from daemon.control.conductor import Conductor
 from daemon.control.demand import Bring, Occupant, Room, Wanted, decide
 from daemon.control.errors import ControlError
 from daemon.control.failures import failure_of
-from daemon.control.operations import Operations, Request
+from daemon.control.operations import Operations
 from daemon.control.planning import Resident, resident
 from daemon.control.records import Cause, Failure, Intent, Kind
 from daemon.control.routing import Router
+from daemon.control.running import Request
 from daemon.control.world import Refusal, World
 from engine.link.control import EngineStatus
 from engine.link.routes import Demand as HeldDemand

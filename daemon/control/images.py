@@ -18,9 +18,9 @@ from typing import Protocol
 from daemon.control.errors import ControlError, Refused
 from daemon.control.failpoints import FailPoint, FailPoints
 from daemon.control.failures import Failed
-from daemon.control.operations import Handle
 from daemon.control.planning import facts_of
 from daemon.control.records import Failure, Stage, Version
+from daemon.control.running import Handle
 from daemon.control.worker_client import WorkerClient
 from daemon.control.world import World
 from engine.link.build import Inspected

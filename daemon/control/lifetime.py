@@ -51,7 +51,9 @@ async def serve(config: Config, notifier: Notifier, version: str) -> None:
             gc.freeze()
         else:
             await _end_of(starting)
-        await ending.wait()
+        await asyncio.wait((stop_early, node.broken), return_when=asyncio.FIRST_COMPLETED)
+        if node.broken.done():
+            await node.broken
         log.info("stopping")
     except BaseException:
         # What was found running serves on: a daemon that cannot start must not end it.

@@ -23,6 +23,7 @@ from daemon.control.config import load
 from daemon.control.errors import AlreadyRunning, ConfigInvalid, ControlError
 from daemon.control.lock import DirectoryLock
 from daemon.control.notify import Notifier
+from engine.link.errors import LinkError
 from partitioner.errors import PartitionerError
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AlreadyRunning as error:
         log.error("%s", error)
         return EXIT_LOCKED
-    except (ControlError, PartitionerError) as error:
+    except (ControlError, LinkError, PartitionerError) as error:
         log.error("cannot start: %s", error)
         return EXIT_START
     return 0

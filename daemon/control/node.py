@@ -9,22 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from google.longrunning import operations_proto_pb2 as longrunning
 from google.protobuf.message import Message
-from hotbay.v1 import (
-    model_pb2,
-    node_pb2,
-    partition_pb2,
-    scheduling_pb2,
-    tenant_pb2,
-    watch_pb2,
-)
 
-from daemon.control import answers, views
+from daemon.control import answers
 from daemon.control.builder_client import Builder
 from daemon.control.commands import commands
 from daemon.control.conductor import Conductor
@@ -44,10 +35,8 @@ from daemon.control.records import Operation
 from daemon.control.recovery import Recovery
 from daemon.control.registry import Registry
 from daemon.control.routing import Router
-from daemon.control.services.models import ModelService
-from daemon.control.services.nodes import NodeService, PartitionService
-from daemon.control.services.operations import OperationsService, WatchService
-from daemon.control.services.server import Server
+from daemon.control.services.api import make_server, snapshot
+from daemon.control.services.nodes import NodeService
 from daemon.control.transitions import Transitions
 from daemon.control.watch import Hub
 from daemon.control.worker_client import WorkerClient
@@ -111,8 +100,13 @@ class Node:
         self._custody = Custody(notifier)
         self._metrics = Metrics(world)
         failpoints = FailPoints(parse_failpoints(config.failpoints))
-        self._hub = Hub(self._snapshot, config.limits)
-        self._operations = Operations(journal, config.limits, self._operation_changed)
+        self._hub = Hub(self._show, config.limits)
+        self._operations = Operations(
+            journal,
+            config.limits,
+            self._operation_changed,
+            lambda name: self._hub.removed("operation", name),
+        )
         self._router = Router(world)
         self._images = Images(world, builders, self._custody, failpoints)
         transitions = Transitions(
@@ -129,27 +123,18 @@ class Node:
             transitions,
             self._router,
         )
-        self._server = self._make_server(version)
+        self._server = make_server(
+            world,
+            self._operations,
+            self._conductor,
+            self._router,
+            self._hub,
+            NodeService(world, self._operations, version, self._discover, lambda: self._listening),
+        )
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Fails when one of the daemon's own loops does."""
         self._tasks: list[asyncio.Task[None]] = []
-
-    def _make_server(self, version: str) -> Server:
-        world, operations = self.world, self._operations
-        models = model_pb2.DESCRIPTOR.services_by_name
-        services = {
-            node_pb2.DESCRIPTOR.services_by_name["NodeService"]: NodeService(
-                world, operations, version, self._discover, lambda: self._listening
-            ),
-            partition_pb2.DESCRIPTOR.services_by_name["PartitionService"]: PartitionService(
-                world, operations
-            ),
-            models["ModelService"]: ModelService(world, operations, self._conductor, self._router),
-            watch_pb2.DESCRIPTOR.services_by_name["WatchService"]: WatchService(self._hub),
-            longrunning.DESCRIPTOR.services_by_name["Operations"]: OperationsService(operations),
-            scheduling_pb2.DESCRIPTOR.services_by_name["SchedulingService"]: None,
-            tenant_pb2.DESCRIPTOR.services_by_name["TenantService"]: None,
-        }
-        limit = self._config.limits.request_bytes_max
-        return Server(self._config.control_socket, services, limit)
+        self._statuses: dict[str, tuple[object, ...]] = {}
 
     # Starting and stopping.
 
@@ -175,6 +160,8 @@ class Node:
             asyncio.create_task(self._images.spread(), name="spread"),
             asyncio.create_task(self._demand.run(), name="demand"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._loop_ended)
         world.became_ready.set()
         for client in list(self.fleet.workers.values()):
             self._recovery.restore(client)
@@ -195,10 +182,14 @@ class Node:
         await self._close_files()
 
     async def detach(self) -> None:
-        """Close up and leave every process serving."""
+        """Close up and leave every process serving, unless this daemon itself started them all."""
         self.world.stopping = True
         await self._close_parts()
-        await self.fleet.detach()
+        children = [each for each in self.fleet.processes() if each.role != "hotbayd"]
+        if self.world.ready or any(each.adopted for each in children):
+            await self.fleet.detach()
+        else:
+            await self.fleet.stop(0.0)
         await self._close_files()
 
     async def _close_parts(self) -> None:
@@ -226,6 +217,21 @@ class Node:
             log.warning("GPUs cannot be read: %s", error)
             return self.world.gpus
 
+    def _loop_ended(self, task: asyncio.Task[None]) -> None:
+        """A loop only ends by a bug; a fresh start that adopts everything beats a deaf daemon."""
+        if not task.cancelled() and not self.broken.done():
+            self.broken.set_exception(task.exception() or RuntimeError(f"{task} ended"))
+
+    def _show(self, kinds: Iterable[str]) -> Mapping[str, Mapping[str, Message]]:
+        return snapshot(self.world, self._operations, kinds)
+
+    def _operation_changed(self, record: Operation) -> None:
+        if record.done:
+            self._metrics.operation_ended(record)
+            self._demand.wake()
+        self._hub.changed("operation", record.name, answers.operation(record))
+        self._hub.refresh_soon()
+
     # What the fleet tells.
 
     async def worker_up(self, client: WorkerClient, adopted: bool) -> None:
@@ -246,9 +252,12 @@ class Node:
         self._hub.refresh_soon()
 
     async def worker_state(self, state: WorkerState) -> None:
-        """A worker reported."""
+        """A worker reported: every second, and after each change."""
+        statuses = tuple((each.model, each.status, each.reason) for each in state.engines)
+        changed = self._statuses.get(state.partition) != statuses
+        self._statuses[state.partition] = statuses
         self._demand.wake()
-        self._hub.refresh_soon()
+        self._hub.refresh_soon(("partition", "model") if changed else ("partition",))
 
     async def gateway_up(self, client: GatewayClient, adopted: bool) -> None:
         """A gateway is connected; a new one gets the table and every descriptor."""
@@ -274,30 +283,3 @@ class Node:
     async def metrics(self) -> str:
         """What the gateway shows beside its own."""
         return self._metrics.text()
-
-    # What the watch shows.
-
-    def _operation_changed(self, record: Operation) -> None:
-        if record.done:
-            self._metrics.operation_ended(record)
-            self._demand.wake()
-        self._hub.changed("operation", record.name, answers.operation(record))
-        self._hub.refresh_soon()
-
-    def _snapshot(self) -> Mapping[str, Mapping[str, Message]]:
-        world = self.world
-        return {
-            "gpu": {gpu.uuid: views.gpu(world, gpu) for gpu in world.gpus if gpu.uuid},
-            "process": {
-                " ".join(filter(None, (info.role, info.partition))): views.process(info)
-                for info in self.fleet.processes()
-            },
-            "partition": {
-                key: views.partition(world, each, self._operations.holder(f"partition:{key}"))
-                for key, each in world.partitions.items()
-            },
-            "model": {name: views.model(world, name) for name in world.registry.names()},
-            "operation": {
-                record.name: answers.operation(record) for record in self._operations.all()
-            },
-        }

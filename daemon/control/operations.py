@@ -14,9 +14,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -24,97 +22,32 @@ from daemon.control.config import Limits
 from daemon.control.errors import ControlError, Refused
 from daemon.control.failures import failure_of
 from daemon.control.journal import Drop, Journal, Put
-from daemon.control.records import Cause, Failure, Intent, Operation, Plan, Result, Stage
+from daemon.control.records import Cause, Failure, Intent, Operation, Plan, Stage
+from daemon.control.running import Handle, Live, Request, Run
 
 NAME_PREFIX = "operations/"
 REQUEST_ID_CHARACTERS_MAX = 128
-PROGRESS_INTERVAL_S = 0.1
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Request:
-    """Who asks: the method, the caller's id (empty: one is made up), and a hash of the rest."""
-
-    method: str
-    request_id: str = ""
-    request_hash: str = ""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a `run` hands back: the result, and what is to be written together with it."""
-
-    result: Result
-    changes: tuple[Put | Drop, ...] = ()
-
-
-class Handle:
-    """What a running operation may do to its own record."""
-
-    def __init__(self, live: _Live, notify: Callable[[Operation], None]) -> None:
-        self._live = live
-        self._notify = notify
-        self._notified_s = 0.0
-
-    @property
-    def name(self) -> str:
-        return self._live.record.name
-
-    @property
-    def record(self) -> Operation:
-        return self._live.record
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether somebody asked to cancel it."""
-        return self._live.cancelling
-
-    def update(self, **changes: Any) -> None:
-        """Change fields of the record; told to watchers at most every PROGRESS_INTERVAL_S, and at
-        once when the stage changes."""
-        before, now_s = self._live.record, time.monotonic()
-        self._live.record = msgspec.structs.replace(before, **changes)
-        changed = self._live.record.stage != before.stage
-        if changed or now_s - self._notified_s >= PROGRESS_INTERVAL_S:
-            self._notified_s = now_s
-            self._notify(self._live.record)
-
-    def cancel_by(self, abandon: Callable[[], Awaitable[None]] | None) -> None:
-        """From now on cancel by calling `abandon`; None: by cancelling the task."""
-        self._live.abandon = abandon
-
-
-Run = Callable[[Handle], Awaitable[Outcome]]
-
-
-@dataclass(eq=False)
-class _Live:
-    """An operation in memory; `claims` and the events matter until it is done."""
-
-    record: Operation
-    claims: tuple[str, ...] = ()
-    durable: asyncio.Event = field(default_factory=asyncio.Event)
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-    refused: ControlError | None = None
-    task: asyncio.Task[None] | None = None
-    abandon: Callable[[], Awaitable[None]] | None = None
-    cancelling: bool = False
 
 
 class Operations:
     """All operations that are remembered. Not thread-safe: for the daemon's event loop."""
 
     def __init__(
-        self, journal: Journal, limits: Limits, notify: Callable[[Operation], None]
+        self,
+        journal: Journal,
+        limits: Limits,
+        notify: Callable[[Operation], None],
+        forgotten: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._journal = journal
         self._limits = limits
         self._notify = notify
-        self._all: dict[str, _Live] = {}
-        self._by_request: dict[str, _Live] = {}
-        self._lines: dict[str, deque[_Live]] = {}
+        self._forgotten = forgotten
+        self._all: dict[str, Live] = {}
+        self._by_request: dict[str, Live] = {}
+        self._lines: dict[str, deque[Live]] = {}
         self._moved = asyncio.Event()
         self._stopping = False
 
@@ -171,7 +104,7 @@ class Operations:
             created_s=time.time(),
             plan=plan,
         )
-        live = _Live(record, claimed)
+        live = Live(record, claimed)
         self._enter(live)
         try:
             await self._journal.commit([Put(record)])
@@ -187,14 +120,14 @@ class Operations:
     def readopt(self, record: Operation, claims: Iterable[str], run: Run) -> None:
         """Go on with an open operation of an earlier start; `run` finds out how it ended."""
         self._forget(self._all[record.name])
-        live = _Live(record, tuple(claims))
+        live = Live(record, tuple(claims))
         self._enter(live)
         self._launch(live, run)
 
     def restore(self, records: Iterable[Operation]) -> tuple[Operation, ...]:
         """Take in what the journal holds; returns those that are still open."""
         for record in records:
-            live = _Live(record)
+            live = Live(record)
             live.durable.set()
             if record.done:
                 live.done.set()
@@ -268,6 +201,7 @@ class Operations:
             )
         await self._journal.commit([Drop(live.record)])
         self._forget(live)
+        self._forgotten(live.record.name)
 
     async def stop(self) -> None:
         """End what runs, without a verdict: the next start finds these open and settles them."""
@@ -279,7 +213,7 @@ class Operations:
 
     # Inside.
 
-    def _find(self, name: str) -> _Live:
+    def _find(self, name: str) -> Live:
         live = self._all.get(name) or self._all.get(NAME_PREFIX + name)
         if live is None:
             raise Refused(
@@ -313,13 +247,13 @@ class Operations:
                         metadata={"operation": held.name, "resource": claim},
                     )
 
-    def _enter(self, live: _Live) -> None:
+    def _enter(self, live: Live) -> None:
         self._all[live.record.name] = live
         self._by_request[live.record.request_id] = live
         for claim in live.claims:
             self._lines.setdefault(claim, deque()).append(live)
 
-    def _leave(self, live: _Live) -> None:
+    def _leave(self, live: Live) -> None:
         for claim in live.claims:
             line = self._lines[claim]
             line.remove(live)
@@ -328,17 +262,17 @@ class Operations:
         self._moved.set()
         self._moved = asyncio.Event()
 
-    def _forget(self, live: _Live) -> None:
+    def _forget(self, live: Live) -> None:
         self._all.pop(live.record.name, None)
         if self._by_request.get(live.record.request_id) is live:
             del self._by_request[live.record.request_id]
 
-    def _launch(self, live: _Live, run: Run) -> None:
+    def _launch(self, live: Live, run: Run) -> None:
         live.durable.set()
         live.task = asyncio.create_task(self._run(live, run), name=live.record.name)
         self._notify(live.record)
 
-    async def _run(self, live: _Live, run: Run) -> None:
+    async def _run(self, live: Live, run: Run) -> None:
         handle = Handle(live, self._notify)
         changes: tuple[Put | Drop, ...] = ()
         try:
@@ -382,6 +316,7 @@ class Operations:
         ]
         for live in dropped:
             self._forget(live)
+            self._forgotten(live.record.name)
         return [Drop(live.record) for live in dropped]
 
 

@@ -17,7 +17,7 @@ from daemon.control.errors import ControlError
 from daemon.control.failures import Failed
 from daemon.control.images import Images
 from daemon.control.journal import Drop, Journal, Put
-from daemon.control.operations import Handle, Operations, Outcome, Request
+from daemon.control.operations import Operations
 from daemon.control.records import (
     Cause,
     Failure,
@@ -29,6 +29,7 @@ from daemon.control.records import (
     Stage,
 )
 from daemon.control.routing import Router
+from daemon.control.running import Handle, Outcome, Request
 from daemon.control.transitions import Transitions
 from daemon.control.worker_client import WorkerClient
 from daemon.control.world import ON_DEVICE, World

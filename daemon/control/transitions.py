@@ -20,10 +20,10 @@ from daemon.control.failpoints import FailPoint, FailPoints
 from daemon.control.failures import Failed
 from daemon.control.images import Images
 from daemon.control.journal import Drop, Journal, Put
-from daemon.control.operations import Handle, Outcome
 from daemon.control.planning import context_tokens, facts_of
 from daemon.control.records import Cause, Failure, Intent, Placement, Plan, Result, Stage
 from daemon.control.routing import Router
+from daemon.control.running import Handle, Outcome
 from daemon.control.worker_client import WorkerClient
 from daemon.control.world import World
 from engine.link.control import (

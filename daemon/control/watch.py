@@ -25,10 +25,12 @@ from daemon.control.describing import describe, steady
 from daemon.control.errors import Refused
 
 BOOKMARK_INTERVAL_S = 5.0
-KINDS = ("model", "partition", "operation", "process", "gpu")
+# Compared to notice changes; operations tell theirs, since there are many and each knows.
+COMPARED = ("model", "partition", "process", "gpu")
+KINDS = (*COMPARED, "operation")
 
-Snapshot = Callable[[], Mapping[str, Mapping[str, Message]]]
-"""All resources now, by kind and name."""
+Snapshot = Callable[[Iterable[str]], Mapping[str, Mapping[str, Message]]]
+"""The resources of these kinds now, by kind and name."""
 
 
 class Watcher:
@@ -63,41 +65,44 @@ class Hub:
         self._history: deque[watch_pb2.WatchEvent] = deque(maxlen=limits.watch_events_max)
         self._told: dict[tuple[str, str], bytes] = {}
         self._watchers: set[Watcher] = set()
-        self._due = False
+        self._due: set[str] = set()
         self.closed = False
 
     @property
     def watchers(self) -> int:
         return len(self._watchers)
 
-    def refresh_soon(self) -> None:
+    def refresh_soon(self, kinds: Iterable[str] = COMPARED) -> None:
         """Compare once the present callbacks are through; many changes cost one comparison."""
         if not self._due:
-            self._due = True
-            asyncio.get_running_loop().call_soon(self.refresh)
+            asyncio.get_running_loop().call_soon(lambda: self.refresh(tuple(self._due)))
+        self._due.update(kinds)
 
-    def refresh(self) -> None:
-        """Compare everything with what was last told, and tell what changed."""
-        self._due = False
-        seen = set()
-        for kind, resources in self._snapshot().items():
+    def refresh(self, kinds: Iterable[str] = COMPARED) -> None:
+        """Compare the resources of these kinds with what was last told, and tell what changed."""
+        self._due.clear()
+        found = self._snapshot(kinds)
+        for kind, resources in found.items():
             for name, resource in resources.items():
-                seen.add((kind, name))
                 self._compare(kind, name, resource)
-        for kind, name in set(self._told) - seen:
-            del self._told[kind, name]
-            self._tell(watch_pb2.EVENT_TYPE_REMOVED, kind, name, None, f"{kind} {name} is gone")
+        for kind, name in [key for key in self._told if key[0] in found]:
+            if name not in found[kind]:
+                self.removed(kind, name)
 
     def changed(self, kind: str, name: str, resource: Message) -> None:
-        """Compare one resource at once: for what would change again before the next refresh."""
-        self._compare(kind, name, resource)
+        """Tell at once that a resource changed."""
+        self._tell(watch_pb2.EVENT_TYPE_CHANGED, kind, name, resource, describe(name, resource))
+
+    def removed(self, kind: str, name: str) -> None:
+        """Tell at once that a resource is gone."""
+        self._told.pop((kind, name), None)
+        self._tell(watch_pb2.EVENT_TYPE_REMOVED, kind, name, None, f"{kind} {name} is gone")
 
     def _compare(self, kind: str, name: str, resource: Message) -> None:
         look = steady(resource).SerializeToString(deterministic=True)
         if self._told.get((kind, name)) != look:
             self._told[kind, name] = look
-            message = describe(name, resource)
-            self._tell(watch_pb2.EVENT_TYPE_CHANGED, kind, name, resource, message)
+            self.changed(kind, name, resource)
 
     def _tell(self, type_: Any, kind: str, name: str, resource: Any, message: str) -> None:
         self._revision += 1
@@ -190,7 +195,7 @@ class Hub:
             self._event(
                 watch_pb2.EVENT_TYPE_PRESENT, kind, name, resource, describe(name, resource)
             )
-            for kind, resources in self._snapshot().items()
+            for kind, resources in self._snapshot(KINDS).items()
             for name, resource in resources.items()
         ]
         return [*events, self._event(watch_pb2.EVENT_TYPE_SYNCED)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +30,7 @@ from swap.store import HostStore
 
 ON_DEVICE = frozenset({EngineStatus.ACTIVE, EngineStatus.DRAINING, EngineStatus.STAGED})
 LINK_BYTES_PER_S_UNMEASURED = 10e9
+WARNINGS_MAX = 20
 
 
 class Processes(Protocol):
@@ -68,7 +70,7 @@ class World:
         self.processes: Processes
         self.became_ready = asyncio.Event()
         self.stopping = False
-        self.warnings: list[str] = []
+        self.warnings: deque[str] = deque(maxlen=WARNINGS_MAX)
         self.placements: dict[str, Placement] = {}
         self.serving: dict[str, str] = {}
         self.active_since_s: dict[str, float] = {}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from daemon.control.errors import CallRefused, ControlError
-from daemon.control.operations import Request
 from daemon.control.records import Intent, Kind, Operation, Stage
+from daemon.control.running import Request
 from engine.link import control
 from engine.link.control import InFlight
 from swap.errors import InsufficientDeviceMemory

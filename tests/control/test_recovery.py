@@ -10,8 +10,8 @@ import pytest
 
 from daemon.control.failpoints import FailPoint
 from daemon.control.journal import FILE_NAME
-from daemon.control.operations import Request
 from daemon.control.records import Cause, Intent, Kind, Operation
+from daemon.control.running import Request
 from engine.link import control
 from tests.support.control_stage import Theatre, staged, until
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from google.longrunning import operations_proto_pb2 as longrunning
 from hotbay.v1 import model_pb2, node_pb2, partition_pb2, watch_pb2
 
 from daemon.control import watch as watch_module
@@ -27,7 +29,10 @@ class Scene:
             "partition": {"gpu0": partition_pb2.Partition(id="gpu0")},
             "model": {},
         }
-        self.hub = Hub(lambda: self.resources, Limits(**limits))  # type: ignore[arg-type]
+        self.hub = Hub(self.snapshot, Limits(**limits))  # type: ignore[arg-type]
+
+    def snapshot(self, kinds: Iterable[str]) -> dict[str, dict[str, Any]]:
+        return {kind: self.resources.get(kind, {}) for kind in kinds}
 
     def model(self, name: str, directory: str = "/") -> None:
         version = model_pb2.ModelVersion(version=1, key=f"{name}@1", directory=directory)
@@ -202,5 +207,21 @@ def test_a_burst_of_changes_costs_one_comparison() -> None:
         (event,) = await take(stream, 1)
         assert event.model.versions[0].directory == "/99"
         assert scene.hub._revision == 2  # the partition, known since the stream began, and this
+
+    asyncio.run(scenario())
+
+
+def test_operations_tell_their_own_changes_and_their_end() -> None:
+    async def scenario() -> None:
+        scene = Scene()
+        stream = scene.watch("", "operation")
+        await take(stream, 1)
+        operation = longrunning.Operation(name="operations/1")
+        scene.hub.changed("operation", operation.name, operation)
+        scene.hub.refresh()
+        scene.hub.removed("operation", operation.name)
+        events = await take(stream, 2)
+        assert [each.type for each in events] == [CHANGED, REMOVED]
+        assert events[0].operation.name == events[1].name == "operations/1"
 
     asyncio.run(scenario())

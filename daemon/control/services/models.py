@@ -10,9 +10,10 @@ from hotbay.v1 import model_pb2
 from daemon.control import answers, views
 from daemon.control.conductor import Conductor
 from daemon.control.failures import Failed
-from daemon.control.operations import Handle, Operations, Outcome
+from daemon.control.operations import Operations
 from daemon.control.records import Intent, Kind, Plan, Result
 from daemon.control.routing import Router
+from daemon.control.running import Handle, Outcome
 from daemon.control.services import requests
 from daemon.control.world import World
 
