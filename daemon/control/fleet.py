@@ -101,9 +101,16 @@ class Fleet:
     async def stop(self, drain_timeout_s: float) -> None:
         """End every process: the gateway drains first, then the workers."""
         self._stopping = True
+        # First of all nobody may start anything again: a keeper that is between two attempts would.
+        await self._cancel_keepers()
         await self._gateway.end(drain_timeout_s)
         await asyncio.gather(*(place.end(SHUTDOWN_MARGIN_S) for place in self._places.values()))
+
+    async def kill(self) -> None:
+        """End every process at once, whatever it is doing."""
+        self._stopping = True
         await self._cancel_keepers()
+        await asyncio.gather(*(place.clear() for place in (self._gateway, *self._places.values())))
 
     async def detach(self) -> None:
         """Close the links and leave every process running."""

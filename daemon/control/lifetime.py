@@ -76,7 +76,7 @@ async def _stop(
     if not stopping.done():
         log.warning("told twice to end: not waiting for requests")
         await _end_of(stopping)
-        await node.fleet.stop(0.0)
+        await node.kill()
     else:
         await stopping
 

@@ -57,6 +57,7 @@ class RunningFleet(Processes, Protocol):
 
     async def start(self) -> None: ...
     async def stop(self, drain_timeout_s: float) -> None: ...
+    async def kill(self) -> None: ...
     async def detach(self) -> None: ...
 
 
@@ -179,6 +180,11 @@ class Node:
         await self._server.set_serving(False)
         await self._close_parts()
         await self.fleet.stop(drain_timeout_s)
+        await self._close_files()
+
+    async def kill(self) -> None:
+        """End every process at once; what was journalled is enough for the next start."""
+        await self.fleet.kill()
         await self._close_files()
 
     async def detach(self) -> None:

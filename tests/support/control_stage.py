@@ -417,6 +417,9 @@ class StageFleet:
     async def stop(self, drain_timeout_s: float) -> None:
         await self.detach()
 
+    async def kill(self) -> None:
+        await self.detach()
+
     async def detach(self) -> None:
         for client in self._clients.values():
             await client.close()
