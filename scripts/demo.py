@@ -53,11 +53,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Swapped:
-    """One swap as the daemon accounted for it."""
+    """One swap, by the name of its operation."""
 
     outgoing: str
     incoming: str
-    ledger: common_pb2.Ledger
+    operation: str
 
 
 async def ask(client: AsyncOpenAI, model: str, question: str) -> str:
@@ -88,9 +88,14 @@ async def record(node: LocalNode, client: AsyncOpenAI) -> dict[tuple[str, str], 
 def swap(node: LocalNode, outgoing: str, incoming: str) -> Swapped:
     """One commanded swap, waited for."""
     operation = node.client.wait(node.client.swap(outgoing, incoming))
+    return Swapped(outgoing, incoming, operation.name)
+
+
+def ledger(node: LocalNode, one: Swapped) -> common_pb2.Ledger:
+    """A swap's ledger as it is now; the first token may come after the swap's end."""
     response = model_pb2.SwapModelResponse()
-    operation.response.Unpack(response)
-    return Swapped(outgoing, incoming, response.ledger)
+    node.client.operation(one.operation).response.Unpack(response)
+    return response.ledger
 
 
 async def stream_on(
@@ -138,26 +143,25 @@ async def swap_under_traffic(
     return swaps, score
 
 
-def print_swaps(swaps: list[Swapped]) -> None:
+def print_swaps(swaps: list[Swapped], ledgers: list[common_pb2.Ledger]) -> None:
     """The table of ledgers."""
     table = Table(title="Swaps under traffic", title_justify="left", box=None)
-    phases = [phase.name for phase in swaps[0].ledger.phases]
+    phases = [phase.name for phase in ledgers[0].phases]
     headings = ["swap", *(f"{name}\nms" for name in phases), "total\nms", "first\ntoken ms"]
     headings += ["copy\nGB/s", "% of\nlink", "finished", "kept", "lost"]
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
-    for one in swaps:
-        ledger = one.ledger
+    for one, each in zip(swaps, ledgers, strict=True):
         table.add_row(
             f"{one.outgoing} > {one.incoming}",
-            *(f"{phase.duration_ms:.1f}" for phase in ledger.phases),
-            f"{ledger.total_ms:.1f}",
-            f"{ledger.first_token_ms:.1f}" if ledger.first_token_ms else "-",
-            f"{ledger.copy_bytes_per_second / 1e9:.1f}",
-            f"{ledger.link_percent:.0f}",
-            str(ledger.requests_finished),
-            str(ledger.requests_kept),
-            str(ledger.requests_lost),
+            *(f"{phase.duration_ms:.1f}" for phase in each.phases),
+            f"{each.total_ms:.1f}",
+            f"{each.first_token_ms:.1f}" if each.first_token_ms else "-",
+            f"{each.copy_bytes_per_second / 1e9:.1f}",
+            f"{each.link_percent:.0f}",
+            str(each.requests_finished),
+            str(each.requests_kept),
+            str(each.requests_lost),
         )
     console.print(table)
 
@@ -207,9 +211,10 @@ async def show(node: LocalNode, count: int) -> bool:
     answers = await record(node, client)
     swaps, score = await swap_under_traffic(node, client, answers, count)
     await client.close()
-    print_swaps(swaps)
+    ledgers = [ledger(node, one) for one in swaps]
+    print_swaps(swaps, ledgers)
     print_samples(answers)
-    lost = sum(one.ledger.requests_lost for one in swaps)
+    lost = sum(each.requests_lost for each in ledgers)
     for problem in score.problems[:10]:
         console.print(escape(problem), style="red")
     console.print(

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from daemon.control.records import Operation
 from daemon.control.world import World
-from engine.link.control import ExchangeResult
+from engine.link.control import ExchangeResult, Ledger
 
 PHASE_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
@@ -73,13 +73,17 @@ class Metrics:
             "verify": ledger.verify_ms,
             "total": ledger.total_ms,
         }
-        if ledger.first_token_ms is not None:
-            phases["first_token"] = ledger.first_token_ms
+        self.first_token(ledger)
         for phase, milliseconds in phases.items():
             self._phases.labels(phase).observe(milliseconds / 1000)
         self._bytes.inc(ledger.copied_bytes)
         self._requests.labels("finished").inc(ledger.requests_finished)
         self._requests.labels("kept").inc(ledger.requests_kept)
+
+    def first_token(self, ledger: Ledger) -> None:
+        """Observe when the incoming model's first token came, if it has; once for each exchange."""
+        if ledger.first_token_ms is not None:
+            self._phases.labels("first_token").observe(ledger.first_token_ms / 1000)
 
     def operation_ended(self, record: Operation) -> None:
         """Count an operation that is done."""

@@ -169,8 +169,7 @@ class Node:
         await self._images.keep_all()
         await self._server.set_serving(True)
         self._hub.refresh_soon()
-        count = len(world.registry.versions())
-        self._notifier.ready(f"{len(world.partitions)} partitions, {count} model versions")
+        self._notifier.ready(self._status())
         log.info("ready on %s; HTTP on %s", config.control_socket, self._listening[0])
 
     async def stop(self, drain_timeout_s: float) -> None:
@@ -235,8 +234,16 @@ class Node:
         if record.done:
             self._metrics.operation_ended(record)
             self._demand.wake()
+            self._notifier.status(self._status())
         self._hub.changed("operation", record.name, answers.operation(record))
         self._hub.refresh_soon()
+
+    def _status(self) -> str:
+        """One line for `systemctl status`."""
+        world = self.world
+        versions = len(world.registry.versions())
+        active = ", ".join(f"{key} on {where}" for key, where in sorted(world.serving.items()))
+        return f"{len(world.partitions)} partitions, {versions} models; ACTIVE: {active or 'none'}"
 
     # What the fleet tells.
 
@@ -263,6 +270,12 @@ class Node:
         changed = self._statuses.get(state.partition) != statuses
         self._statuses[state.partition] = statuses
         self._demand.wake()
+        if state.exchanged is not None:
+            ledger = state.exchanged.ledger
+            record = await self._operations.complete_ledger(state.exchanged.operation, ledger)
+            if record is not None:
+                self._metrics.first_token(ledger)
+                self._hub.changed("operation", record.name, answers.operation(record))
         self._hub.refresh_soon(("partition", "model") if changed else ("partition",))
 
     async def gateway_up(self, client: GatewayClient, adopted: bool) -> None:

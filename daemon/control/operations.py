@@ -24,6 +24,7 @@ from daemon.control.failures import failure_of
 from daemon.control.journal import Drop, Journal, Put
 from daemon.control.records import Cause, Failure, Intent, Operation, Plan, Stage
 from daemon.control.running import Handle, Live, Request, Run
+from engine.link.control import Ledger
 
 NAME_PREFIX = "operations/"
 REQUEST_ID_CHARACTERS_MAX = 128
@@ -189,6 +190,22 @@ class Operations:
                 raise
         else:
             live.task.cancel()
+
+    async def complete_ledger(self, name: str, ledger: Ledger) -> Operation | None:
+        """Add the first token, which came after the end, to a finished operation's ledger.
+
+        Returns the operation as it is now; None when there is nothing to add or to add it to.
+        """
+        live = self._all.get(name)
+        result = live.record.result if live is not None else None
+        if live is None or result is None or result.ledger is None or ledger.first_token_ms is None:
+            return None
+        if result.ledger.first_token_ms is not None:
+            return None
+        result = msgspec.structs.replace(result, ledger=ledger)
+        live.record = msgspec.structs.replace(live.record, result=result)
+        await self._journal.commit([Put(live.record)])
+        return live.record
 
     async def delete(self, name: str) -> None:
         """Forget a finished operation. Raises Refused (INVALID_STATE) while it is open."""
