@@ -1,4 +1,4 @@
-"""Runs the parts that need a GPU, most valuable first, each in under ten minutes; ends with a table.
+"""Runs the parts that need a GPU, most valuable first, each under ten minutes; ends with a table.
 
 A part is a command and a time limit. What it prints goes to a log, how it ended to a JSON file in
 the output directory; a part that has passed there before is not run again, so that a check that was
