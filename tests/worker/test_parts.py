@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import itertools
 import os
@@ -11,13 +12,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.link.control import Exchange, Stage, StageReached
+from engine.link.control import Exchange, ExchangeResult, Stage, StageReached
+from engine.worker import supervision
 from engine.worker.errors import Abandoned, StageTimedOut
 from engine.worker.images import Image
 from engine.worker.kv import FlooredKvSpace
 from engine.worker.mailbox import Mailbox, promise
 from engine.worker.order import Order
-from engine.worker.supervision import stage_deadline_s
+from engine.worker.supervision import stage_deadline_s, supervise
 from engine.worker.verify import (
     CHECKSUM_BYTES_MAX,
     PIECE_BYTES,
@@ -151,6 +153,55 @@ def test_deadlines_allow_for_the_drain_and_for_the_link() -> None:
     assert stage_deadline_s(order, 2.0, 1e9) == 2.0
     order.enter(Stage.DRAINING)
     assert stage_deadline_s(order, 2.0, 1e9) == 9.0
+
+
+class Copying:
+    """What is shown of a transfer: it is a quarter further at each look."""
+
+    bytes_total = 100
+
+    def __init__(self) -> None:
+        self.looks = 0
+        self.cancelled = False
+
+    @property
+    def bytes_done(self) -> int:
+        self.looks += 1
+        return min(100, 25 * self.looks)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def test_progress_is_told_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "PROGRESS_INTERVAL_S", 0.001)
+    order, told = make_order(), []
+    order.copying(Copying())
+
+    def tell(progress: StageReached) -> None:
+        told.append(progress.bytes_done)
+        if progress.bytes_done == 100:
+            order.done.set_result(ExchangeResult("op", "", ""))
+
+    asyncio.run(supervise(order, 60.0, 1e9, tell, wake=pytest.fail))
+    assert told == [50, 75, 100]
+
+
+def test_a_stage_that_overruns_is_interrupted_with_its_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervision, "PROGRESS_INTERVAL_S", 0.001)
+    order, copying = make_order(), Copying()
+    order.copying(copying)
+    order.enter(Stage.EVICTING)
+
+    def wake() -> None:
+        with pytest.raises(StageTimedOut, match="EVICTING of exchange op took over"):
+            order.check()
+        order.done.set_result(ExchangeResult("op", "", ""))
+
+    asyncio.run(supervise(order, 0.01, 1e9, lambda progress: None, wake))
+    assert copying.cancelled
 
 
 # Verifying.

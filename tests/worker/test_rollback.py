@@ -1,0 +1,298 @@
+"""Exchanges that fail by themselves: slow links, wrong weights, engines that break."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine.link import control
+from engine.link.control import EngineStatus, ExchangeResult, InFlight, Stage
+from engine.link.tokens import Finish, Output, Step, Submit
+from engine.worker.desk import Desk
+from engine.worker.failpoints import FailPoints
+from engine.worker.images import Image
+from engine.worker.loop import StepLoop
+from engine.worker.order import Order
+from engine.worker.residency import Residency
+from swap.arena import PagePool
+from swap.host_device import HostDevice
+from swap.image import complete, write_manifest
+from swap.segment import Segment
+from tests.support.worker_stage import BuiltImage, greedy, load, worker_process
+from tests.worker.conftest import Model, serving
+
+PROMPT = [5, 9, 101, 44, 7]
+WAIT_S = 20.0
+
+
+def with_wrong_checksums(image: BuiltImage) -> BuiltImage:
+    """The same weights under a manifest whose checksums they do not match."""
+    segment = Segment.create(image.segment.size_bytes, "wrong")
+    with image.segment.map() as source:
+        os.pwrite(segment.descriptor, source.view(0, image.manifest.weights_bytes), 0)
+    manifest = complete(image.manifest, {one.name: "1" * 32 for one in image.manifest.tensors})
+    write_manifest(segment.descriptor, manifest)
+    segment.seal()
+    return BuiltImage(segment, manifest)
+
+
+def test_weights_that_are_not_what_was_built_never_answer(
+    runtime_dir: Path, prose: Model, code: Model
+) -> None:
+    async def run() -> None:
+        wrong = with_wrong_checksums(code.image)
+        async with (
+            worker_process(runtime_dir) as worker,
+            serving(worker, prose, code) as (hotbayd, gateway),
+        ):
+            await hotbayd.attach(wrong)
+            stream = gateway.submit(prose.key, PROMPT, greedy(100))
+            await gateway.begun(stream)
+            exchange = load(
+                code.key, wrong, "swap", outgoing=(prose.key,), in_flight=InFlight.RECOMPUTE
+            )
+            swapping = asyncio.create_task(hotbayd.exchange(exchange))
+            await hotbayd.stage("swap", Stage.DRAINING)
+            early = gateway.submit(code.key, PROMPT, greedy(4))
+            result = await swapping
+            assert (result.error_reason, result.rolled_back) == ("CORRUPT_WEIGHTS", True)
+            answer = await gateway.ended(early)
+            assert (answer.finish, answer.tokens) == (Finish.REQUEUE, [])
+            assert (await gateway.ended(stream)).tokens == prose.expected(PROMPT, 100)
+            assert [one.model for one in (await hotbayd.describe()).engines] == [prose.key]
+
+    asyncio.run(run())
+
+
+def test_a_copy_over_a_slow_link_is_stepped_behind_and_can_be_abandoned(
+    runtime_dir: Path, prose: Model, code: Model
+) -> None:
+    async def run() -> None:
+        size = code.image.manifest.weights_bytes
+        arguments = ("--link-bytes-per-s", str(size / 0.6), "--stage-timeout-s", "20")
+        async with (
+            worker_process(runtime_dir, *arguments) as worker,
+            serving(worker, prose, code) as (hotbayd, gateway),
+        ):
+            stream = gateway.submit(prose.key, PROMPT, greedy(150))
+            await gateway.begun(stream)
+            exchange = load(
+                code.key, code.image, "swap", outgoing=(prose.key,), in_flight=InFlight.RECOMPUTE
+            )
+            swapping = asyncio.create_task(hotbayd.exchange(exchange))
+            await hotbayd.stage("swap", Stage.COPYING)
+            # Its step waits at the gate for layers that are on their way.
+            early = gateway.submit(code.key, PROMPT, greedy(4))
+            assert (await hotbayd.describe()).exchanging == "swap", "answered while the step waits"
+            await hotbayd.done(control.Abandon("swap"))
+            result = await swapping
+            assert (result.error_reason, result.rolled_back) == ("CANCELLED", True)
+            assert (await gateway.ended(early)).finish is Finish.REQUEUE
+            assert (await gateway.ended(stream)).tokens == prose.expected(PROMPT, 150)
+            # And once more, to its end: the first token comes right behind the last byte.
+            again = msgspec.structs.replace(exchange, operation="again")
+            swapping = asyncio.create_task(hotbayd.exchange(again))
+            await hotbayd.stage("again", Stage.COPYING)
+            answer = await gateway.ended(gateway.submit(code.key, PROMPT, greedy(4)))
+            assert answer.tokens == code.expected(PROMPT, 4)
+            ledger = (await swapping).ledger
+            assert ledger.copy_ms >= 550
+            assert ledger.first_token_ms is not None
+            assert ledger.first_token_ms < ledger.copy_ms + 150
+
+    asyncio.run(run())
+
+
+class Inside:
+    """A step loop within the test's process, whose engines can be made to fail."""
+
+    def __init__(self, models: list[Model]) -> None:
+        # A link so slow that steps are taken behind every copy.
+        rate = models[0].image.manifest.weights_bytes / 0.1
+        self.device = HostDevice(12 * (2 << 20), link_bytes_per_s=rate)
+        self.outputs: dict[int, list[Output]] = {}
+        self.ended: dict[int, Future[Output]] = {}
+        self.crashes: list[BaseException] = []
+        self.desk = Desk(self._sent, self.crashes.append)
+        self.residency = Residency(PagePool(self.device), self.desk, step_tokens=64)
+        self.loop = StepLoop(
+            self.residency,
+            self.desk,
+            FailPoints({}),
+            changed=lambda: None,
+            crashed=self.crashes.append,
+        )
+        for model in models:
+            descriptor = os.dup(model.image.segment.descriptor)
+            self.residency.attach(Image.attach(self.device, descriptor, model.image.digest))
+        self.desk.opened(1)
+        self.loop.start()
+
+    def _sent(self, link: int, step: Step) -> None:
+        for output in step.outputs:
+            self.outputs[output.request].append(output)
+            if output.finish is not None:
+                self.ended[output.request].set_result(output)
+        self.desk.grant(1)
+
+    def submit(self, number: int, model: str, count: int) -> None:
+        self.outputs[number], self.ended[number] = [], Future()
+
+        def take() -> None:
+            assert self.desk.enter(number, model)
+            self.residency.submit(Submit(number, model, tuple(PROMPT), greedy(count)))
+
+        self.loop.call(take).result(WAIT_S)
+
+    def end_of(self, number: int) -> Output:
+        return self.ended[number].result(WAIT_S)
+
+    def tokens(self, number: int) -> list[int]:
+        return [token for output in self.outputs[number] for token in output.tokens]
+
+    def exchange(self, request: control.Exchange) -> ExchangeResult:
+        order = Order(request, lambda stage: None)
+        self.loop.mailbox.post(lambda: self.loop.exchange(order))
+        return order.done.result(WAIT_S)
+
+    def statuses(self) -> dict[str, EngineStatus]:
+        return {one.model: one.status for one in self.loop.snapshot.engines}
+
+    def close(self) -> None:
+        done = self.loop.call(lambda: self.loop.shut_down(0.0)).result(WAIT_S)
+        done.result(WAIT_S)
+        assert self.loop.join(WAIT_S)
+        for resident in list(self.residency.residents.values()):
+            resident.evict()
+            self.residency.discard(resident)
+        assert self.residency.pool.free_pages == self.residency.pool.total_pages
+        for image in self.residency.images.values():
+            image.close()
+        self.device.close()
+        assert self.crashes == []
+
+
+@pytest.fixture
+def inside(prose: Model, code: Model) -> Iterator[Inside]:
+    stage = Inside([prose, code])
+    yield stage
+    stage.close()
+
+
+class Broken(Exception):
+    """What an engine's bug raises."""
+
+
+def break_at_step(engine: Any, steps: int) -> None:
+    """Have the engine raise in a later step."""
+    step, left = engine.step, iter(range(steps))
+
+    def failing() -> Any:
+        if next(left, None) is None:
+            raise Broken("a bug")
+        return step()
+
+    engine.step = failing
+
+
+def test_an_engine_that_breaks_ends_its_own_requests_and_no_other(
+    inside: Inside, prose: Model, code: Model
+) -> None:
+    assert inside.exchange(load(prose.key, prose.image, "1")).error == ""
+    assert inside.exchange(load(code.key, code.image, "2")).error == ""
+    break_at_step(inside.residency.residents[prose.key].engine, 5)
+    inside.submit(1, prose.key, 40)
+    inside.submit(2, code.key, 40)
+    failed = inside.end_of(1)
+    assert failed.finish is Finish.ERROR
+    assert "Broken: a bug" in failed.error
+    assert inside.end_of(2).finish is Finish.LENGTH
+    assert inside.tokens(2) == code.expected(PROMPT, 40)
+    inside.loop.call(lambda: None).result(WAIT_S)
+    assert inside.statuses() == {prose.key: EngineStatus.FAILED, code.key: EngineStatus.ACTIVE}
+    (state,) = [one for one in inside.loop.snapshot.engines if one.model == prose.key]
+    assert (state.weights_bytes, state.kv_bytes, state.running) == (0, 0, 0)
+    assert "a bug" in state.reason
+    # What comes for it is handed back, and a load makes it anew.
+    inside.submit(3, prose.key, 4)
+    assert inside.end_of(3).finish is Finish.REQUEUE
+    assert inside.exchange(load(prose.key, prose.image, "3")).error == ""
+    inside.submit(4, prose.key, 6)
+    assert inside.end_of(4).finish is Finish.LENGTH
+    assert inside.tokens(4) == prose.expected(PROMPT, 6)
+
+
+def test_an_incoming_engine_that_breaks_is_rolled_back_and_leaves_nothing(
+    inside: Inside, prose: Model, code: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert inside.exchange(load(prose.key, prose.image, "1")).error == ""
+    free = inside.loop.snapshot.pages_free
+    arrived = threading.Event()
+    expect = Residency.expect
+
+    def expect_broken(self: Residency, spec: control.EngineSpec) -> Any:
+        resident = expect(self, spec)
+        break_at_step(resident.engine, 0)
+        number = 7
+        inside.outputs[number], inside.ended[number] = [], Future()
+        assert inside.desk.enter(number, spec.model)
+        self.submit(Submit(number, spec.model, tuple(PROMPT), greedy(4)))
+        arrived.set()
+        return resident
+
+    monkeypatch.setattr(Residency, "expect", expect_broken)
+    result = inside.exchange(load(code.key, code.image, "2", outgoing=(prose.key,)))
+    assert arrived.is_set()
+    assert (result.error_reason, result.rolled_back) == ("INTERNAL", True)
+    assert "Broken: a bug" in result.error
+    assert inside.end_of(7).finish is Finish.REQUEUE
+    assert inside.statuses() == {prose.key: EngineStatus.ACTIVE}
+    assert inside.loop.snapshot.pages_free == free
+    inside.submit(8, prose.key, 6)
+    assert inside.end_of(8).finish is Finish.LENGTH
+    assert inside.tokens(8) == prose.expected(PROMPT, 6)
+
+
+def test_a_model_that_cannot_be_brought_back_has_failed_and_says_why(
+    inside: Inside, prose: Model, code: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from swap.errors import DeviceError
+    from swap.host_device import HostDevice as Device
+
+    assert inside.exchange(load(prose.key, prose.image, "1")).error == ""
+    inside.submit(1, prose.key, 200)
+
+    def refuse(self: Device, destination: int, source: int, size_bytes: int) -> None:
+        raise DeviceError("the link is down")
+
+    with monkeypatch.context() as context:
+        context.setattr(Device, "copy_in", refuse)
+        result = inside.exchange(
+            load(
+                code.key,
+                code.image,
+                "2",
+                outgoing=(prose.key,),
+                in_flight=InFlight.RECOMPUTE,
+            )
+        )
+    assert (result.error_reason, result.rolled_back) == ("TRANSFER_FAILED", True)
+    end = inside.end_of(1)
+    assert end.finish in (Finish.ERROR, Finish.REQUEUE)
+    assert (end.finish is Finish.REQUEUE) == (inside.tokens(1) == [])
+    assert inside.statuses() == {prose.key: EngineStatus.FAILED}
+    (state,) = inside.loop.snapshot.engines
+    assert "the link is down" in state.reason
+    assert inside.loop.snapshot.pages_free == inside.residency.pool.total_pages
+    assert inside.exchange(load(prose.key, prose.image, "3")).error == ""
+    inside.submit(2, prose.key, 6)
+    assert inside.end_of(2).finish is Finish.LENGTH
+    assert inside.tokens(2) == prose.expected(PROMPT, 6)
