@@ -110,10 +110,10 @@ class Gateway(Section):
 
 
 class Limits(Section):
-    """Bounds of the control API. Finished operations are kept for `operation_history_s` and at
-    least, but never more than `operations_kept_max` of them."""
+    """Bounds of the control API. Finished operations are kept for `operation_history_s`, but never
+    more than `operations_kept_max` of them."""
 
-    operations_kept_max: Annotated[int, Field(ge=10, le=1_000_000)] = 10_000
+    operations_kept_max: Annotated[int, Field(ge=10, le=1_000_000)] = 2000
     operation_history_s: Annotated[float, Field(ge=86400, allow_inf_nan=False)] = 7 * 86400.0
     operations_open_max: Count = 256
     models_max: Count = 1000

@@ -129,7 +129,7 @@ class Images:
         try:
             await client.attach(digest, store.descriptor(digest))
         except BaseException:
-            if digest not in client.state.images:
+            if digest not in client.state.images and digest in store:
                 store.release(digest, holder(client.partition))
             raise
 
@@ -230,7 +230,8 @@ class Images:
         for client in list(self._world.processes.workers.values()):
             if holder(client.partition) in held_by:
                 await client.detach(digest)
-                self._world.store.release(digest, holder(client.partition))
+                if digest in self._world.store:
+                    self._world.store.release(digest, holder(client.partition))
 
     # Coming and going of processes.
 

@@ -64,6 +64,20 @@ class RunningFleet(Processes, Protocol):
 FleetMaker = Callable[[Commands, tuple[str, ...], FleetEvents], RunningFleet]
 
 
+def make_world(
+    config: Config, contents: Contents, gpus: tuple[Gpu, ...], builders: Builders
+) -> World:
+    """What the journal remembers, and the GPUs that were found."""
+    registry = Registry(builders, config.worker.dtype, config.limits.models_max)
+    registry.restore(contents)
+    store = HostStore(config.host_store.budget_bytes)
+    world = World(config, registry, store, whole_partitions(gpus), gpus)
+    world.placements = {each.model: each for each in contents.placements}
+    if contents.warning:
+        world.warnings.append(contents.warning)
+    return world
+
+
 class Node:
     """One hotbayd, from `start` to `stop`; also what the fleet reports to."""
 
@@ -84,13 +98,7 @@ class Node:
         self._notifier = notifier
         self._nvml = nvml
         self._contents = contents
-        registry = Registry(builders, config.worker.dtype, config.limits.models_max)
-        registry.restore(contents)
-        store = HostStore(config.host_store.budget_bytes)
-        self.world = world = World(config, registry, store, whole_partitions(gpus), gpus)
-        world.placements = {each.model: each for each in contents.placements}
-        if contents.warning:
-            world.warnings.append(contents.warning)
+        self.world = world = make_world(config, contents, gpus, builders)
         self._listening = ("", "")
         log_dir = config.state_dir / "log"
         log_dir.mkdir(mode=0o700, exist_ok=True)

@@ -22,7 +22,7 @@ from typing import Protocol
 
 import msgspec
 
-from daemon.control.errors import ControlError, Refused
+from daemon.control.errors import ControlError, ProcessFailed, Refused
 from daemon.control.failures import Failed, failure_of
 from daemon.control.journal import Contents, Put
 from daemon.control.records import Facts, Failure, Label, Version
@@ -165,10 +165,14 @@ class Registry:
             known = self._versions.get(f"{item.name}@{item.version}")
             if known is None or known.fingerprint != print_:
                 stale.append((item, print_))
-        if stale:
+        while stale:
             async with self._inspectors() as inspector:
-                for item, print_ in stale:
-                    changes.append(self.put(await self._inspect(inspector, item, print_)))
+                while stale:
+                    item, print_ = stale.pop(0)
+                    version = await self._inspect(inspector, item, print_)
+                    changes.append(self.put(version))
+                    if not version.fingerprint:
+                        break  # the inspector died of it: the others get a new one
         return changes
 
     async def register(self, name: str, directory: Path, version: int) -> Version:
@@ -232,9 +236,13 @@ class Registry:
         try:
             told = await inspector.inspect(item.directory, self._dtype)
             facts = msgspec.convert(told, Facts, from_attributes=True)
+        except ProcessFailed as error:
+            # That may pass, so it is not remembered for these files: the next scan tries again.
+            failure, print_ = failure_of(error), ""
         except ControlError as error:
             failure = failure_of(error)
-            log.warning("%s@%d is unusable: %s", item.name, item.version, error)
+        if failure is not None:
+            log.warning("%s@%d is unusable: %s", item.name, item.version, failure.message)
         return Version(
             name=item.name,
             version=item.version,

@@ -54,11 +54,6 @@ class Handle:
     def record(self) -> Operation:
         return self._live.record
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether somebody asked to cancel it."""
-        return self._live.cancelling
-
     def update(self, **changes: Any) -> None:
         """Change fields of the record; told to watchers at most every PROGRESS_INTERVAL_S, and at
         once when the stage changes."""

@@ -62,7 +62,8 @@ class Hub:
         self._limits = limits
         self._epoch = secrets.token_hex(4)
         self._revision = 0
-        self._history: deque[watch_pb2.WatchEvent] = deque(maxlen=limits.watch_events_max)
+        # Serialised: thousands of message objects would weigh ten times as much.
+        self._history: deque[tuple[int, bytes]] = deque(maxlen=limits.watch_events_max)
         self._told: dict[tuple[str, str], bytes] = {}
         self._watchers: set[Watcher] = set()
         self._due: set[str] = set()
@@ -107,7 +108,7 @@ class Hub:
     def _tell(self, type_: Any, kind: str, name: str, resource: Any, message: str) -> None:
         self._revision += 1
         event = self._event(type_, kind, name, resource, message)
-        self._history.append(event)
+        self._history.append((self._revision, event.SerializeToString()))
         for watcher in self._watchers:
             watcher.put(event)
 
@@ -202,7 +203,7 @@ class Hub:
 
     def _since(self, token: str) -> list[watch_pb2.WatchEvent]:
         epoch, _, number = token.partition(":")
-        oldest = self._history[0].revision if self._history else self._revision + 1
+        oldest = self._history[0][0] if self._history else self._revision + 1
         known = epoch == self._epoch and number.isdecimal()
         if not known or not oldest - 1 <= int(number) <= self._revision:
             raise Refused(
@@ -211,4 +212,8 @@ class Hub:
                 reason="RESUME_TOKEN_EXPIRED",
                 metadata={"resume_token": token},
             )
-        return [event for event in self._history if event.revision > int(number)]
+        return [
+            watch_pb2.WatchEvent.FromString(data)
+            for revision, data in self._history
+            if revision > int(number)
+        ]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from daemon.control.errors import ControlError, Refused
+from daemon.control.errors import ControlError, ProcessFailed, Refused
 from daemon.control.failures import Failed
 from daemon.control.journal import Contents, Put
 from daemon.control.records import Label, Version
 from daemon.control.registry import Registry
+from engine.link.build import Inspected
 from tests.support.control_stage import Builders
 
 
@@ -98,6 +101,34 @@ def test_bad_checkpoints_are_listed_with_the_reason_and_gone_ones_too(tmp_path: 
     checkpoint(tmp_path / "again", "code")
     gone.mkdir()
     (gone / "config.json").write_text("{}")
+    scan(registry, tmp_path)
+    assert registry["code@1"].failure is None
+
+
+def test_inspector_that_dies_is_replaced_and_its_checkpoint_tried_again(tmp_path: Path) -> None:
+    class Mortal(Builders):
+        deaths = 1
+        starts = 0
+
+        @asynccontextmanager
+        async def __call__(self) -> AsyncIterator[Builders]:
+            self.starts += 1
+            yield self
+
+        async def inspect(self, directory: Path, dtype: str) -> Inspected:
+            if directory.parent.name == "code" and self.deaths:
+                self.deaths -= 1
+                raise ProcessFailed("the image builder ended while it worked")
+            return await super().inspect(directory, dtype)
+
+    builders = Mortal()
+    registry = Registry(builders, "float32", 100)
+    checkpoint(tmp_path, "code")
+    checkpoint(tmp_path, "prose")
+    scan(registry, tmp_path)
+    assert builders.starts == 2
+    assert registry["code@1"].failure is not None
+    assert registry["prose@1"].failure is None
     scan(registry, tmp_path)
     assert registry["code@1"].failure is None
 

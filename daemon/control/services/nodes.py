@@ -51,9 +51,15 @@ class NodeService:
             processes=[views.process(each) for each in world.processes.processes()],
             http_address=http,
             grpc_address=grpc_address,
-            warnings=world.warnings,
+            warnings=[*world.warnings, *self._troubles()],
             operations_running=self._operations.open_count,
         )
+
+    def _troubles(self) -> list[str]:
+        """Partitions that do not work, and why."""
+        world = self._world
+        reasons = {each: world.processes.failure(each) for each in world.partitions}
+        return [f"the worker of {each} is not up: {why}" for each, why in reasons.items() if why]
 
     async def ListGpus(self, request: node_pb2.ListGpusRequest) -> node_pb2.ListGpusResponse:
         self._world.gpus = await self._discover()
