@@ -141,12 +141,11 @@ class Exchange:
 
     def _bring_in(self, incoming: Resident) -> Waits:
         self.order.enter(Stage.COPYING)
-        with self.journal.phase("copy_ms"):
-            self._copy = Copy(incoming, self.order, self._wake)
-            self._reach(FailPoint.COPYING)
-            yield from self._copy.wait()
-            self.journal.copied_bytes = incoming.weights_bytes
-            self._reach(FailPoint.COPIED)
+        self._copy = Copy(incoming, self.order, self._wake)
+        self._reach(FailPoint.COPYING)
+        yield from self._copy.wait()
+        self.journal.copied(incoming.weights_bytes, self._copy.seconds)
+        self._reach(FailPoint.COPIED)
         self.order.enter(Stage.VERIFYING)
         with self.journal.phase("verify_ms"):
             verify_weights(incoming.image, incoming.address, self._request.operation)

@@ -39,6 +39,11 @@ class Journal:
         finally:
             self._phases_ms[name] = (self._clock() - started) * 1000
 
+    def copied(self, size_bytes: int, seconds: float) -> None:
+        """Note the copy by its own time: steps that were taken behind it are not its."""
+        self._phases_ms["copy_ms"] = seconds * 1000
+        self.copied_bytes = size_bytes
+
     def sent(self, outputs: Iterable[Output]) -> bool:
         """Note outputs of the incoming model as they are sent; whether the first token was one."""
         if self._first_token_ms is None and any(output.tokens for output in outputs):
