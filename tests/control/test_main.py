@@ -13,9 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hotbay.errors import HotbayError
 from hotbay.local_node import LocalNode
 
 IDLE_BYTES_MAX = 150 << 20
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "models"
 
 
 def hotbayd(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -134,3 +136,27 @@ def test_sighup_is_ignored_and_a_second_sigterm_does_not_wait(tmp_path: Path) ->
         assert len(gone) == 3
         assert time.monotonic() - started_s < 5
     node.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("point", "committed"), [("built", False), ("exchanged", True)])
+def test_kill_at_a_fail_point_is_settled_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, committed: bool
+) -> None:
+    monkeypatch.setenv("HOTBAY_FAILPOINTS", f"{point}=kill")
+    with LocalNode(tmp_path, repository=EXAMPLES) as node:
+        operation = node.client.load("prose")
+        psutil.wait_procs([psutil.Process(node.pid)], timeout=30)
+        monkeypatch.delenv("HOTBAY_FAILPOINTS")
+        node.kill()  # it is dead already; this collects it
+        node.start()
+        if committed:
+            ended = node.client.wait(operation)
+            assert ended.done
+        else:
+            with pytest.raises(HotbayError, match="repeat the request"):
+                node.client.wait(operation)
+            node.client.wait(node.client.load("prose"))
+        (model,) = node.client.partition("gpu0").models
+        assert (model.model, model.state) == ("prose@1", 4)
+        assert len(node.client.node().host_store.images) == 1
