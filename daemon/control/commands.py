@@ -1,6 +1,6 @@
 """How the gateway and the workers are started: their command lines, from the configuration.
 
-The command line is everything a child knows, the environment set there included. An address
+The command line is everything a child knows; nothing is passed through the environment. An address
 with port 0 is chosen once: a gateway that is started again listens where the first one did.
 """
 
@@ -16,11 +16,6 @@ import msgspec
 from daemon.control.config import Config
 from daemon.control.place import Commands
 from partitioner.partition import Partition
-
-# Threads of one product that wait for each other sleep instead of spinning. On a machine with other
-# work a spinning thread keeps the one it waits for off its core: 19 to 60 ms for 40 small products
-# on two busy cores, against 3.5 ms asleep.
-WORKER_ENVIRONMENT = ("env", "OMP_WAIT_POLICY=PASSIVE")
 
 
 def commands(
@@ -52,7 +47,6 @@ def commands(
             ("--link-bytes-per-s", repr(worker.link_bytes_per_s)) if worker.link_bytes_per_s else ()
         )
         return [
-            *WORKER_ENVIRONMENT,
             *(sys.executable, "-m", "engine.worker.main"),
             *("--partition", partition),
             *("--runtime-dir", str(config.runtime_dir)),
