@@ -24,6 +24,8 @@ from engine.worker.residency import Residency
 from engine.worker.supervision import supervise
 from swap.transfer import measure_link
 
+SHUTDOWN_MARGIN_S = 2.0
+"""How long an ending worker waits for a step or a stage under way, after the drain."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -80,8 +82,10 @@ class Calls:
             await self._ask(lambda: self._residency.resume(message.model))
         else:
             assert isinstance(message, control.Shutdown), message
-            await self.shut_down(message.drain_timeout_s)
-            self._ended()
+            try:
+                await self.shut_down(message.drain_timeout_s)
+            finally:
+                self._ended()
         return control.Done(message.call)
 
     def state(self, call: int = 0) -> control.WorkerState:
@@ -107,9 +111,13 @@ class Calls:
         )
 
     async def shut_down(self, drain_timeout_s: float) -> None:
-        """Finish what runs, answer the rest, and end the step loop."""
-        done = await self._ask(lambda: self._loop.shut_down(drain_timeout_s))
-        await asyncio.wrap_future(done)
+        """Finish what runs, answer the rest, and end the step loop.
+
+        Raises TimeoutError when the loop is stuck; the process should end all the same.
+        """
+        async with asyncio.timeout(drain_timeout_s + SHUTDOWN_MARGIN_S):
+            done = await self._ask(lambda: self._loop.shut_down(drain_timeout_s))
+            await asyncio.wrap_future(done)
 
     async def _ask(self, function: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(self._loop.call(function))

@@ -29,7 +29,7 @@ from swap.host_device import HostDevice
 from swap.transfer import measure_link
 
 MEASURE_BYTES = 64 << 20
-JOIN_TIMEOUT_S = 5.0
+JOIN_TIMEOUT_S = 1.0
 """How long an ending worker waits for a step under way."""
 EXIT_CRASHED = 70
 
@@ -124,9 +124,15 @@ class _Worker:
 
     def _terminate(self) -> None:
         """SIGTERM: a Shutdown that finishes nothing."""
-        ending = self._events.create_task(self.calls.shut_down(0.0))
-        ending.add_done_callback(lambda _: self._ended.set())
-        self._ending = ending
+        self._ending = self._events.create_task(self._end_now())
+
+    async def _end_now(self) -> None:
+        try:
+            await self.calls.shut_down(0.0)
+        except TimeoutError:
+            log.error("the step loop is stuck; it ends with the process")
+        finally:
+            self._ended.set()
 
     def _crash(self) -> None:
         self._status = EXIT_CRASHED

@@ -7,6 +7,8 @@ image is attached; a model that FAILED has nothing on the device; pages held bac
 
 from __future__ import annotations
 
+import logging
+
 from engine.link.control import EngineSpec, EngineStatus, Exchange
 from engine.link.tokens import Finish, Submit
 from engine.worker.desk import Desk
@@ -22,6 +24,8 @@ from engine.worker.images import Image
 from engine.worker.resident import Resident, kv_pages_min
 from swap.arena import PagePool
 from swap.plan import IncomingModel, Partition, ResidentModel, plan_swap
+
+log = logging.getLogger(__name__)
 
 HELD_BACK = "held back for a rollback"
 
@@ -48,7 +52,11 @@ class Residency:
         if resident is None or not resident.admits or self.closing:
             self._desk.end(request.request, Finish.REQUEUE)
         else:
-            resident.submit(request)
+            try:
+                resident.submit(request)
+            except Exception as error:  # one request must not end the loop that runs all others
+                log.exception("request %d was not taken by %s", request.request, request.model)
+                self._desk.end(request.request, Finish.ERROR, message_of(error))
 
     def cancel(self, number: int) -> None:
         """Forget a request and free its KV."""

@@ -8,6 +8,8 @@ import signal
 import stat
 from pathlib import Path
 
+import pytest
+
 from engine.link import control
 from engine.link.tokens import Finish
 from tests.support.worker_stage import WorkerStage, greedy, load, worker_process
@@ -105,5 +107,20 @@ def test_it_serves_on_when_hotbayd_comes_and_goes(shared_worker: WorkerStage, pr
             await hotbayd.close()
             answer = await gateway.ended(stream)
             assert answer.tokens == prose.expected(PROMPT, 200)
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_worker_that_hangs(runtime_dir: Path, prose: Model) -> None:
+    async def run() -> None:
+        async with worker_process(runtime_dir, "--failpoints", "evicted=hang") as worker:
+            hotbayd = await worker.hotbayd()
+            await hotbayd.attach(prose.image)
+            loading = asyncio.create_task(hotbayd.call(load(prose.key, prose.image)))
+            await hotbayd.stage("load", control.Stage.EVICTING)
+            worker.process.send_signal(signal.SIGTERM)
+            assert await worker.ended() == 0
+            await asyncio.gather(loading, return_exceptions=True)
 
     asyncio.run(run())

@@ -296,3 +296,30 @@ def test_a_model_that_cannot_be_brought_back_has_failed_and_says_why(
     inside.submit(2, prose.key, 6)
     assert inside.end_of(2).finish is Finish.LENGTH
     assert inside.tokens(2) == prose.expected(PROMPT, 6)
+
+
+def test_a_request_that_the_engine_chokes_on_ends_alone(
+    inside: Inside, prose: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert inside.exchange(load(prose.key, prose.image, "1")).error == ""
+    engine = inside.residency.residents[prose.key].engine
+    with monkeypatch.context() as context:
+        context.setattr(engine, "submit", lambda *arguments: 1 // 0)
+        inside.submit(1, prose.key, 4)
+    assert inside.end_of(1).finish is Finish.ERROR
+    inside.submit(2, prose.key, 6)
+    assert inside.end_of(2).finish is Finish.LENGTH
+    assert inside.tokens(2) == prose.expected(PROMPT, 6)
+
+
+def test_a_bug_in_the_loop_itself_is_told_and_ends_it(prose: Model) -> None:
+    stage = Inside([prose])
+    crash = Broken("in the loop")
+
+    def mail() -> None:
+        raise crash
+
+    stage.loop.mailbox.post(mail)
+    assert stage.loop.join(WAIT_S)
+    assert stage.crashes == [crash]
+    stage.device.close()
