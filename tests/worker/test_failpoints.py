@@ -87,10 +87,10 @@ def test_wherever_an_exchange_fails_the_old_model_serves_on(
                     assert f"fail point {point} " in result.error
                     assert (await hotbayd.describe()).exchanged == result
                 assert (await gateway.ended(early)).finish is Finish.REQUEUE
-            await check_old_serves(hotbayd, gateway, prose, free)
-            assert Stage.ROLLING_BACK in {reached.stage for reached in hotbayd.stages}
             answer = await gateway.ended(stream)
             assert answer.tokens == prose.expected(PROMPT, LONG)
+            await check_old_serves(hotbayd, gateway, prose, free)
+            assert Stage.ROLLING_BACK in {reached.stage for reached in hotbayd.stages}
             # Every point has fired, the one on the way back included: now nothing fails.
             assert (await hotbayd.exchange(swap("last", prose, code))).error == ""
             answer = await gateway.run(code.key, PROMPT, greedy(8))
