@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -174,6 +175,19 @@ def load(
         source = str(path) if path is not None else "the command line"
         raise ConfigInvalid(f"{source} is refused:\n" + "\n".join(_explain(error))) from None
     return _complete(config, environment)
+
+
+def as_toml(config: Config) -> str:
+    """A configuration as the file that would give it, every key in its table."""
+    lines = []
+    for section, values in config.model_dump(mode="json").items():
+        if isinstance(values, dict):
+            # JSON's strings, numbers and booleans are TOML's as well.
+            keys = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+            lines += [f"[{section}]", *keys, ""]
+        elif values:
+            lines.insert(0, f"{section} = {json.dumps(values)}")
+    return "\n".join(lines)
 
 
 def _complete(config: Config, environment: Mapping[str, str]) -> Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 
 from daemon.control.conductor import Conductor
@@ -155,7 +156,8 @@ class DemandLoop:
             for each in view.residents:
                 engine = world.engine(each.model, view.id)
                 requests = engine.running + engine.waiting if engine is not None else 0
-                since_s = world.active_since_s.get(each.model, now_s)
+                # What is there without being meant to be has been for as long as anybody knows.
+                since_s = world.active_since_s.get(each.model, -math.inf)
                 occupants.append(Occupant(each.model, view.pages(each), now_s - since_s, requests))
             busy = self._operations.holder(f"partition:{view.id}") is not None
             rooms.append(Room(view.id, view.pages_total, tuple(occupants), busy))

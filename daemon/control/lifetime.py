@@ -1,9 +1,10 @@
 """The daemon's life: from the journal to the last process, and what signals do to it.
 
 It owns signals, the watchdog and the order in which the node is started and stopped. A first
-SIGTERM or SIGINT lets requests end and ends every process; a second one does so at once; SIGHUP is
-ignored, since restarting disturbs no traffic. The invariant: a daemon that fails to start leaves
-what it found running as it was.
+SIGTERM or SIGINT lets requests end and ends every process; a second one does so at once. SIGUSR2
+ends the daemon alone and leaves everything serving for the next one, which is how it is upgraded.
+SIGHUP is ignored. The invariant: a daemon that fails to start leaves what it found running as it
+was.
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ async def serve(config: Config, notifier: Notifier, version: str) -> None:
     """Run until told to end. Raises ControlError or PartitionerError when it cannot start."""
     ending = asyncio.Event()
     at_once = asyncio.Event()
+    handing_over = asyncio.Event()
 
     def on_signal() -> None:
         (at_once if ending.is_set() else ending).set()
 
+    def on_handover() -> None:
+        handing_over.set()
+        ending.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    loop.add_signal_handler(signal.SIGUSR2, on_handover)
     loop.add_signal_handler(signal.SIGHUP, lambda: log.info("SIGHUP is ignored"))
     watchdog = asyncio.create_task(_run_watchdog(notifier), name="watchdog")
     nvml = BoundedNvml()
@@ -61,7 +68,11 @@ async def serve(config: Config, notifier: Notifier, version: str) -> None:
         raise
     finally:
         stop_early.cancel()
-    await _stop(node, notifier, config.limits.shutdown_drain_s, at_once)
+    if handing_over.is_set():
+        log.info("leaving everything to the next daemon")
+        await node.detach()
+    else:
+        await _stop(node, notifier, config.limits.shutdown_drain_s, at_once)
     await _end_of(watchdog)
 
 

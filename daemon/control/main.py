@@ -1,8 +1,7 @@
 """`hotbayd`: flags, the lock, the event loop, exit codes.
 
-Exit codes: 0 after SIGTERM or SIGINT, 2 for a refused configuration, 3 when what is needed to start
-is missing, 4 when another daemon uses the directories. A first SIGTERM lets requests end and ends
-every process; a second one does so at once. SIGHUP is ignored: restarting disturbs no traffic.
+Exit codes: 0 after SIGTERM, SIGINT or SIGUSR2 (see `lifetime`), 2 for a refused configuration, 3
+when what is needed to start is missing, 4 when another daemon uses the directories.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import uvloop
 
-from daemon.control.config import load
+from daemon.control.config import as_toml, load
 from daemon.control.errors import AlreadyRunning, ConfigInvalid, ControlError
 from daemon.control.lock import DirectoryLock
 from daemon.control.notify import Notifier
@@ -57,6 +56,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--runtime-dir", metavar="DIR", help="sockets")
     parser.add_argument("--http", metavar="HOST:PORT", help="the OpenAI API")
     parser.add_argument("--grpc", metavar="HOST:PORT", help="inference over gRPC")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the configuration in force, and end"
+    )
     parser.add_argument("--version", action="version", version=f"hotbayd {version()}")
     return parser.parse_args(arguments)
 
@@ -86,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         config = load(parsed.config, {name: getattr(parsed, name) or "" for name in FLAGS})
+        if parsed.print_config:
+            print(as_toml(config), end="")
+            return 0
         with contextlib.ExitStack() as stack:
             for directory in dict.fromkeys((config.state_dir, config.runtime_dir)):
                 stack.callback(DirectoryLock.acquire(directory).release)

@@ -72,7 +72,8 @@ def make_world(
     registry.restore(contents)
     store = HostStore(config.host_store.budget_bytes)
     world = World(config, registry, store, whole_partitions(gpus), gpus)
-    world.placements = {each.model: each for each in contents.placements}
+    for placement in contents.placements:
+        world.placed(placement)
     if contents.warning:
         world.warnings.append(contents.warning)
     return world

@@ -63,6 +63,7 @@ class LocalNode:
         if repository is not None:
             node.setdefault("repository", str(repository.resolve()))
         self._process: subprocess.Popen[bytes] | None = None
+        self._left_running = False
         self.endpoint = f"unix:{node['runtime_dir']}/control.sock"
         self.client = Client(self.endpoint)
 
@@ -102,6 +103,7 @@ class LocalNode:
                 stderr=log,
                 start_new_session=True,
             )
+        self._left_running = False
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
@@ -122,17 +124,28 @@ class LocalNode:
 
     def kill(self) -> None:
         """End the daemon with SIGKILL; the gateway and the workers go on without it."""
+        self._end_daemon(signal.SIGKILL)
+
+    def hand_over(self) -> None:
+        """End the daemon as an upgrade does; the gateway and the workers wait for the next one."""
+        self._end_daemon(signal.SIGUSR2)
+
+    def _end_daemon(self, number: signal.Signals) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            self._process.send_signal(number)
+            self._process.wait(STOP_TIMEOUT_S)
+            self._left_running = True
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """End the daemon and everything it started. Raises LocalNodeFailed if it does not."""
         if self._process is None:
             return
-        if self._process.poll() is not None and self._process.returncode != 0:
-            # It was killed, and what it had started lives on: another one adopts and ends that.
+        if self._left_running:
+            # What the last daemon had started lives on: another one adopts and ends that.
             self.start()
+        elif self._process.poll() is not None:
+            self.client.close()
+            return
         self.client.close()
         self._process.send_signal(signal.SIGTERM)
         try:

@@ -161,8 +161,9 @@ def test_worker_killed_in_the_middle_of_a_swap(start_node: NodeMaker, oracle: Or
 
 
 @pytest.mark.slow
-def test_killed_daemon_breaks_no_stream_and_is_back_within_two_seconds(
-    start_node: NodeMaker, oracle: Oracle
+@pytest.mark.parametrize("way", ["kill", "hand_over"])
+def test_ended_daemon_breaks_no_stream_and_is_back_within_two_seconds(
+    start_node: NodeMaker, oracle: Oracle, way: str
 ) -> None:
     node = start_node(config={"scheduling": {"max_active_models": 1}}, load=("prose",))
     before = processes(node)
@@ -185,7 +186,7 @@ def test_killed_daemon_breaks_no_stream_and_is_back_within_two_seconds(
                     )
                 )
             await outcome.until(lambda: outcome.total >= 8)
-            await asyncio.to_thread(node.kill)
+            await asyncio.to_thread(getattr(node, way))
             total = outcome.total
             # Without a daemon everything that was served is served on.
             await outcome.until(lambda: outcome.total >= total + 16)

@@ -70,6 +70,18 @@ def counts(node: LocalNode) -> dict[str, object]:
     }
 
 
+def settled_counts(node: LocalNode) -> dict[str, object]:
+    """The counts once they stand still: connections end a little after their answers."""
+    last = counts(node)
+    for _ in range(50):
+        time.sleep(0.3)
+        found = counts(node)
+        if found == last:
+            return found
+        last = found
+    raise AssertionError(f"the counts never stand still: {last}")
+
+
 def unchanged(node: LocalNode, before: dict[str, object]) -> None:
     """Counts are where they were, once connections that end have ended."""
     deadline_s = time.monotonic() + SETTLE_S
@@ -112,7 +124,7 @@ def test_broken_checkpoints_are_refused_by_name(
     still_serves(node, oracle)
     for name in BROKEN:  # once beforehand, so that lazy imports and pools are not counted
         refused(node, name)
-    before = counts(node)
+    before = settled_counts(node)
     for name, (_, named) in BROKEN.items():
         error = refused(node, name)
         assert named in str(error), error
@@ -151,7 +163,7 @@ def test_a_model_larger_than_the_partition(
     )
     still_serves(node, oracle)
     refused(node, "large")
-    before = counts(node)
+    before = settled_counts(node)
     error = refused(node, "large")
     assert error.reason == "INSUFFICIENT_DEVICE_MEMORY"
     assert int(error.metadata["needed_bytes"]) > 24 << 20
@@ -178,7 +190,7 @@ def test_a_model_larger_than_the_host_budget(
         },
         load=("prose",),
     )
-    before = counts(node)
+    before = settled_counts(node)
     error = refused(node, "code")
     assert error.reason == "INSUFFICIENT_HOST_MEMORY"
     assert int(error.metadata["budget_bytes"]) == image_bytes + (1 << 20)
