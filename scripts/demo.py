@@ -38,6 +38,7 @@ STREAMS_PER_MODEL = 6
 REQUEST_TIMEOUT_S = 120.0
 BETWEEN_SWAPS_S = 0.4
 LINK_BYTES_PER_S = 1e9
+MEMORY_BYTES = 256 << 20
 
 # A table is not to be squeezed where output goes to a file.
 console = Console(width=None if sys.stdout.isatty() else 110)
@@ -239,7 +240,7 @@ def main() -> int:
         # link is throttled: images this small would cross the host's own through its caches.
         config={
             "scheduling": {"max_active_models": 1, "swap_on_demand": False},
-            "worker": {"link_bytes_per_s": LINK_BYTES_PER_S},
+            "worker": {"link_bytes_per_s": LINK_BYTES_PER_S, "memory_bytes": MEMORY_BYTES},
         },
     )
     node.start()

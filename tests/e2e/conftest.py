@@ -20,6 +20,8 @@ PROMPTS = {
     "code": ("def main():", "class Node:", "import os", "for line in", "    return self"),
 }
 
+MEMORY_BYTES = 128 << 20
+
 NodeMaker = Callable[..., LocalNode]
 
 
@@ -35,8 +37,11 @@ def start_node(tmp_path: Path) -> Iterator[NodeMaker]:
         simulate: str = "h200x1",
         load: tuple[str, ...] = (),
     ) -> LocalNode:
+        # Small partitions: a worker makes all of its memory present when it starts.
+        tables = {**(config or {})}
+        tables["worker"] = {"memory_bytes": MEMORY_BYTES, **tables.get("worker", {})}
         node = LocalNode(
-            tmp_path / f"node{len(nodes)}", simulate=simulate, repository=repository, config=config
+            tmp_path / f"node{len(nodes)}", simulate=simulate, repository=repository, config=tables
         )
         nodes.append(node)
         node.start()

@@ -93,7 +93,10 @@ def test_without_credit_the_worker_stands_still(shared_worker: WorkerStage, pros
                 await gateway.arrived.wait()
             # Whatever is asked for now gets no frame, but is done as soon as there is credit.
             unknown = gateway.submit("nobody@1", PROMPT, greedy(4))
-            before = (await hotbayd.describe()).engines[0].generation_tokens_total
+            standing = await hotbayd.state_where(
+                lambda state: state.engines[0].generation_tokens_total >= STEP_FRAMES_CREDIT
+            )
+            before = standing.engines[0].generation_tokens_total
             await hotbayd.state_where(lambda state: True)
             await hotbayd.state_where(lambda state: True)
             assert gateway.frames == STEP_FRAMES_CREDIT
