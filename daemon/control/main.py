@@ -26,6 +26,8 @@ from engine.link.errors import LinkError
 from partitioner.errors import PartitionerError
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+PRIORITY = -5
+"""As `nice` counts; children are set back to 0."""
 EXIT_CONFIG = 2
 EXIT_START = 3
 EXIT_LOCKED = 4
@@ -77,10 +79,21 @@ def simulated(argument: str) -> Iterator[None]:
         yield
 
 
+def take_precedence() -> None:
+    """Be scheduled before the workers where that is allowed.
+
+    The daemon does little, and what it does, others wait for: above all its own restart while
+    workers keep every core busy.
+    """
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; the process's exit code."""
     parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format=LOG_FORMAT, level=logging.INFO, stream=sys.stderr)
+    take_precedence()
     # Children are executed at once and never use gRPC's state, so its handlers of forks are only in
     # the way; gRPC reads this when it is imported, which is why that comes afterwards.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -70,6 +70,9 @@ class Child:
                 )
             except OSError as error:
                 raise ProcessFailed(f"cannot start {arguments[0]}: {error}") from error
+        with contextlib.suppress(ProcessLookupError):
+            # The daemon's own precedence is not for its children.
+            os.setpriority(os.PRIO_PROCESS, popen.pid, 0)
         return cls(popen.pid, popen=popen)
 
     @property
