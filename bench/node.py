@@ -29,6 +29,7 @@ IDLE_BYTES_MAX = 150 * 1000 * 1000
 WARM_UP_SWAPS = 20
 SETTLE_S = 2.0
 REQUEST_EVERY_SWAPS = 10
+ARENAS_MAX = 4
 
 
 def memory(node: LocalNode) -> dict[str, int]:
@@ -99,6 +100,7 @@ def main() -> int:
             time.sleep(SETTLE_S)
             after = counts(node)
             used = memory(node)
+    mappings = after.pop("worker mappings") - before.pop("worker mappings")
     grown = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
     lost = sum(ledger.requests_lost for ledger in ledgers)
     figures = [
@@ -112,10 +114,18 @@ def main() -> int:
     ]
     figures.append(
         Figure(
-            f"{len(ledgers)} swaps: device, host, descriptor, mapping and process counts",
+            f"{len(ledgers)} swaps: device, host, descriptor and process counts",
             f"differ: {grown}" if grown else "where they began",
             "where they began",
             not grown,
+        )
+    )
+    figures.append(
+        Figure(
+            "mappings of the worker more than before",
+            str(mappings),
+            f"at most {ARENAS_MAX}, which an allocator's arenas may be",
+            mappings <= ARENAS_MAX,
         )
     )
     figures.append(Figure(f"requests lost in {len(ledgers)} swaps", str(lost), "0", lost == 0))

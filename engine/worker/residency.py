@@ -49,7 +49,7 @@ class Residency:
     def submit(self, request: Submit) -> None:
         """Give a request to its engine, or answer it."""
         resident = self.residents.get(request.model)
-        if resident is None or not resident.admits or self.closing:
+        if resident is None or not resident.admits or resident.full or self.closing:
             self._desk.end(request.request, Finish.REQUEUE)
         else:
             try:

@@ -99,6 +99,11 @@ class Resident:
         """Whether requests are taken."""
         return self.expected or (self.status is EngineStatus.ACTIVE)
 
+    @property
+    def full(self) -> bool:
+        """Whether no further request may wait here; the gateway's queue is the place for it."""
+        return self.engine.waiting >= self.engine.limits.waiting_requests_max
+
     def submit(self, request: Submit) -> None:
         self.engine.submit(request.request, request.prompt, request.sampling, request.priority)
 

@@ -11,7 +11,7 @@ import pytest
 from engine.link import control
 from engine.link.errors import LinkClosed
 from engine.link.tokens import STEP_FRAMES_CREDIT, Cancel, Finish, Grant, Sampling, Submit
-from tests.support.worker_stage import HotbaydSide, WorkerStage, connect, greedy
+from tests.support.worker_stage import HotbaydSide, WorkerStage, connect, greedy, load
 from tests.worker.conftest import Model, serving
 
 PROMPT = [8, 6, 7, 5, 3]
@@ -57,6 +57,28 @@ def test_cancelled_and_refused_requests_hold_nothing(
                 assert answer.error
             unknown = await gateway.ended(gateway.submit("nobody@1", PROMPT, greedy(4)))
             assert unknown.finish is Finish.REQUEUE
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_hands_requests_back(
+    shared_worker: WorkerStage, prose: Model, code: Model
+) -> None:
+    async def run() -> None:
+        async with serving(shared_worker, prose, code) as (hotbayd, gateway):
+            narrow = load(
+                code.key, code.image, "narrow", running_requests_max=1, waiting_requests_max=2
+            )
+            assert (await hotbayd.exchange(narrow)).error == ""
+            first = gateway.submit(code.key, PROMPT, greedy(200))
+            await gateway.begun(first)
+            queued = [gateway.submit(code.key, PROMPT, greedy(2)) for _ in range(2)]
+            surplus = [gateway.submit(code.key, PROMPT, greedy(2)) for _ in range(3)]
+            for number in surplus:
+                answer = await gateway.ended(number)
+                assert (answer.finish, answer.tokens) == (Finish.REQUEUE, [])
+            for number in queued:
+                assert (await gateway.ended(number)).tokens == code.expected(PROMPT, 2)
 
     asyncio.run(run())
 

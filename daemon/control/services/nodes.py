@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -83,6 +84,7 @@ class PartitionService:
         ids, token = requests.page(
             list(self._world.partitions), str, request.page_size, request.page_token
         )
+        await self._refresh(ids)
         return partition_pb2.ListPartitionsResponse(
             partitions=[self._partition(each) for each in ids], next_page_token=token
         )
@@ -97,7 +99,15 @@ class PartitionService:
                 reason="PARTITION_NOT_FOUND",
                 metadata={"partition": request.id},
             )
+        await self._refresh([request.id])
         return self._partition(request.id)
+
+    async def _refresh(self, partitions: list[str]) -> None:
+        """Ask workers how they are now: what they report by themselves is up to a second old."""
+        workers = self._world.processes.workers
+        asked = [workers[each].describe() for each in partitions if each in workers]
+        # One that does not answer is shown as it last was; the fleet sees to it.
+        await asyncio.gather(*asked, return_exceptions=True)
 
     def _partition(self, each: str) -> partition_pb2.Partition:
         holder = self._operations.holder(f"partition:{each}")
