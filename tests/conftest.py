@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import os
 
-# Before torch is loaded: threads that wait for each other soon sleep instead of spinning on, or other
-# work on the machine makes every small product as slow as the scheduler's quantum.
+# Before torch is loaded: threads that wait for each other soon sleep instead of spinning on. Where
+# the machine has other work, spinning makes every small product as slow as a scheduler's quantum.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
