@@ -91,7 +91,7 @@ def run_prompt(session: Session, ask: Ask) -> None:
         if response.status != 200:
             raise _refused(session, ask, response)
         if session.json:
-            print(response.read(ANSWER_BYTES_MAX).decode())
+            print_line(response.read(ANSWER_BYTES_MAX).decode())
             return
         for text in pieces(response):
             print_part(text)

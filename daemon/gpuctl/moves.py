@@ -150,7 +150,7 @@ def swap_sentence(done: Operation, outgoing: str, incoming: str) -> str:
     ledger = response.ledger
     return (
         f"swapped {outgoing} -> {incoming} on {response.partition} "
-        f"in {ledger.total_ms / 1000:.2f} s: {ledger.requests_lost} requests lost, "
+        f"in {milliseconds(ledger.total_ms)}: {ledger.requests_lost} requests lost, "
         f"{ledger.requests_finished} finished, {ledger.requests_kept} kept"
     )
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from hotbay.endpoints import default_endpoint
 from hotbay.errors import HotbayError, OperationFailed
 
-from daemon.gpuctl.console import complain
+from daemon.gpuctl.console import OutputClosed, complain, leave_output
 from daemon.gpuctl.errors import CommandFailed
 from daemon.gpuctl.exits import Exit, exit_of
 from daemon.gpuctl.suggest import did_you_mean
@@ -79,6 +79,9 @@ def run(session: Session, body: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         _say_detached(session)
         return Exit.DETACHED
+    except (OutputClosed, BrokenPipeError):
+        leave_output()
+        return Exit.FAILED
     except CommandFailed as failure:
         complain(f"gpuctl: {failure}")
         return failure.code

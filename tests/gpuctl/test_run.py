@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from tests.gpuctl.conftest import Run
+from tests.gpuctl.conftest import Run, environment
 from tests.support.scripted_gateway import ScriptedGateway
 from tests.support.scripted_node import ScriptedNode
 
@@ -129,3 +131,18 @@ def test_an_address_for_everywhere_is_reached_here(
     port = gateway.address.rpartition(":")[2]
     node.node.http_address = f"http://0.0.0.0:{port}"
     assert gpuctl("run", "prose", "Hi").code == 0
+
+
+def test_a_reader_that_leaves_is_no_error_of_the_gateways(
+    node: ScriptedNode, gateway: ScriptedGateway
+) -> None:
+    gateway.pieces = ["a line\n"] * 20_000
+    command = f"{sys.executable} -m daemon.gpuctl.main run prose Hi | head -n 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(HOTBAY_ENDPOINT=node.endpoint),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "a line\n", "")
