@@ -13,9 +13,8 @@ from hotbay.errors import HotbayError
 from hotbay.reasons import Reason
 
 if TYPE_CHECKING:
+    from hotbay.client import Client
     from hotbay.v1.model_pb2 import Model
-
-    from daemon.gpuctl.session import Session
 
 # difflib's ratio below which two names are not alike.
 ALIKE_MIN = 0.6
@@ -37,21 +36,22 @@ def model_names(models: Iterable[Model]) -> set[str]:
     return names
 
 
-def did_you_mean(session: Session, error: HotbayError) -> str:
-    """A sentence with the nearest name, or nothing: also where the daemon guessed already."""
+def did_you_mean(client: Client, names: Iterable[str], error: HotbayError) -> str:
+    """A sentence with the name nearest to one of `names`, which the user wrote, or nothing: also
+    where the daemon guessed already."""
     if "suggestions" in error.metadata:
         return ""
     try:
         if error.reason == Reason.MODEL_NOT_FOUND:
-            known = model_names(session.client.models())
+            known = model_names(client.models())
         elif error.reason == Reason.PARTITION_NOT_FOUND:
-            known = {partition.id for partition in session.client.partitions()}
+            known = {partition.id for partition in client.partitions()}
         else:
             return ""
     except HotbayError:
         # The first error is what the user should read; a guess is not worth a second one.
         return ""
-    for name in session.names:
+    for name in names:
         if name not in known and (guess := nearest(name, known)):
             return f"did you mean {guess!r} instead of {name!r}?"
     return ""
