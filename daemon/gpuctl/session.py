@@ -113,7 +113,8 @@ def _say_error(session: Session, error: HotbayError) -> None:
     if error.reason:
         figures = ", ".join(f"{name}={value}" for name, value in sorted(error.metadata.items()))
         lines.append(f"  reason:      {error.reason}" + (f" ({figures})" if figures else ""))
-    guess = did_you_mean(session.client, session.names, error)
+    # Without a reason no daemon spoke, and there is none to ask for names.
+    guess = did_you_mean(session.client, session.names, error) if error.reason else ""
     if guess:
         lines.append(f"  {guess}")
     elif error.advice:
