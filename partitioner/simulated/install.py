@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import pynvml
 
 from partitioner.errors import SimulationError
-from partitioner.simulated.library import SimulatedLibrary
 from partitioner.simulated.node import SimulatedNode
+from partitioner.simulated.nvml_library import SimulatedLibrary
 
 
 @contextmanager

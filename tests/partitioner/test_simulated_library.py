@@ -12,9 +12,9 @@ from partitioner.catalogue import load_catalogue
 from partitioner.errors import SimulationError
 from partitioner.simulated.calls import CALLS
 from partitioner.simulated.install import installed
-from partitioner.simulated.library import SimulatedLibrary
 from partitioner.simulated.mig_calls import MIG_CALLS
 from partitioner.simulated.node import MIB, Fault, SimulatedNode
+from partitioner.simulated.nvml_library import SimulatedLibrary
 from partitioner.simulation import GpuSpec, NodeSpec, ProcessSpec, parse_simulate
 
 
