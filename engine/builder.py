@@ -1,6 +1,7 @@
 """The image builder: a short-lived process that turns one checkpoint into one image.
 
-It owns reading the checkpoint and filling the segment it is handed; it never sees a device, never
+It owns reading the checkpoint and filling the segment it is handed, from the checkpoint or from an
+image on disk, and writing images there; it never sees a device, never
 allocates the image's memory and never imports torch. It speaks `engine.link.build` over an
 inherited socket, one request at a time. Invariant: every Inspect and Build is answered once, by its
 reply or by Failed, and the process ends when the socket closes, in the middle of a build too.
@@ -15,7 +16,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
@@ -26,6 +29,10 @@ from engine.link.build import (
     FromBuilder,
     Inspect,
     Inspected,
+    Restore,
+    Restored,
+    Save,
+    Saved,
     ToBuilder,
 )
 from engine.link.errors import LinkError
@@ -33,11 +40,16 @@ from engine.link.frames import Link
 from engine.models.layout import image_recipes
 from engine.models.spec import ModelSpec
 from swap.build import build_image, check_sources
+from swap.cached_image import restore_image, save_image
 from swap.checkpoint import Checkpoint
 from swap.errors import SwapError
+from swap.identity import Identity, identify
 from swap.image import ITEM_BYTES, Manifest, TensorRecipe, plan_image, segment_bytes
+from swap.numa import prefer_node
 from swap.segment import Segment
 
+THREADS_MAX = 64
+SAVE_NICENESS = 10
 REQUESTS_WAITING_MAX = 8
 
 
@@ -55,6 +67,14 @@ class Inspection:
     recipes: tuple[TensorRecipe, ...]
     checkpoint: Checkpoint
     layout: Manifest
+    identity: Identity
+    inspected_ns: int
+
+    def key_if_unchanged(self) -> str:
+        """The identity's key, if what has been read since is sure to be what it stands for."""
+        now = identify(self.checkpoint, self.recipes, self.layout)
+        settled = self.identity.settled(self.inspected_ns)
+        return self.identity.key if now == self.identity and settled else ""
 
 
 def inspect(directory: str, dtype: str) -> Inspection:
@@ -63,13 +83,17 @@ def inspect(directory: str, dtype: str) -> Inspection:
         raise BuilderMisuse(f"weights cannot be {dtype!r}: use one of {', '.join(ITEM_BYTES)}")
     spec = ModelSpec.from_directory(directory)
     recipes = image_recipes(spec)
+    layout = plan_image(recipes, dtype, spec.to_dict())
+    # Before the files are opened: what changes from here on must not pass for settled.
+    started_ns = time.time_ns()
     checkpoint = Checkpoint.open(directory)
     try:
         check_sources(checkpoint, recipes)
+        identity = identify(checkpoint, recipes, layout)
     except BaseException:
         checkpoint.close()
         raise
-    return Inspection(spec, recipes, checkpoint, plan_image(recipes, dtype, spec.to_dict()))
+    return Inspection(spec, recipes, checkpoint, layout, identity, started_ns)
 
 
 class Builder:
@@ -123,18 +147,29 @@ class Builder:
     async def _answer(self, request: ToBuilder, descriptors: list[int]) -> FromBuilder:
         if isinstance(request, Inspect):
             return await self._inspect(request)
+        # A segment is closed with the descriptors it came with.
+        if isinstance(request, Save):
+            if len(descriptors) != 1 or not Segment(descriptors[0]).sealed:
+                raise BuilderMisuse("an image that is to be kept needs one sealed segment")
+            await asyncio.to_thread(self._save, Segment(descriptors[0]), Path(request.path))
+            return Saved(request.call)
         if self._inspection is None or len(descriptors) != 1:
             raise BuilderMisuse(
                 f"a build needs an inspected checkpoint and one segment, not {len(descriptors)}"
             )
-        # The segment is closed with the descriptors it came with.
+        if not 0 < request.threads <= THREADS_MAX:
+            raise BuilderMisuse(f"{request.threads} threads are not 1 to {THREADS_MAX}")
         segment = Segment(descriptors[0])
         if segment.sealed or segment.size_bytes != segment_bytes(self._inspection.layout):
             raise BuilderMisuse(
                 f"a segment of {segment.size_bytes} bytes is not what was asked for"
             )
-        manifest = await asyncio.to_thread(self._build, self._inspection, segment)
-        return Built(request.call, manifest.digest)
+        if isinstance(request, Restore):
+            await asyncio.to_thread(self._restore, self._inspection, segment, request)
+            return Restored(request.call)
+        inspection = self._inspection
+        manifest = await asyncio.to_thread(self._build, inspection, segment, request.threads)
+        return Built(request.call, manifest.digest, inspection.key_if_unchanged())
 
     async def _inspect(self, request: Inspect) -> Inspected:
         if self._inspection is not None:
@@ -153,18 +188,38 @@ class Builder:
             segment_bytes=segment_bytes(found.layout),
             weights_bytes=found.layout.weights_bytes,
             kv_bytes_per_token=found.spec.kv_bytes_per_token(request.dtype),
+            key=found.identity.key,
         )
 
-    def _build(self, inspection: Inspection, segment: Segment) -> Manifest:
-        def tell(done: int, total: int) -> None:
-            self._loop.call_soon_threadsafe(self._post_progress, BuildProgress(done, total))
+    def _tell(self, done: int, total: int) -> None:
+        self._loop.call_soon_threadsafe(self._post_progress, BuildProgress(done, total))
 
+    def _restore(self, inspection: Inspection, segment: Segment, request: Restore) -> None:
+        prefer_node(request.numa_node)
+        restore_image(
+            Path(request.path),
+            inspection.layout,
+            segment,
+            digest=request.digest,
+            threads=request.threads,
+            huge_pages=request.huge_pages,
+            progress=self._tell,
+            cancelled=self._cancelled,
+        )
+
+    def _save(self, segment: Segment, path: Path) -> None:
+        # Whoever waits for a load comes first.
+        os.nice(SAVE_NICENESS)
+        save_image(segment, path, cancelled=self._cancelled)
+
+    def _build(self, inspection: Inspection, segment: Segment, threads: int) -> Manifest:
         return build_image(
             inspection.checkpoint,
             inspection.recipes,
             inspection.layout,
             segment,
-            progress=tell,
+            threads=threads,
+            progress=self._tell,
             cancelled=self._cancelled,
         )
 

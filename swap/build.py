@@ -66,6 +66,7 @@ def build_image(
     layout: Manifest,
     segment: Segment,
     *,
+    threads: int = BUILD_THREADS,
     progress: Progress = lambda done, total: None,
     cancelled: threading.Event | None = None,
 ) -> Manifest:
@@ -83,7 +84,7 @@ def build_image(
     check_sources(checkpoint, recipes)
     build = _Build(checkpoint, recipes, layout, segment, progress, cancelled or threading.Event())
     try:
-        manifest = complete(layout, build.run())
+        manifest = complete(layout, build.run(threads))
         write_manifest(segment.descriptor, manifest)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.ENOMEM):
@@ -123,10 +124,10 @@ class _Build:
         self._bytes_told = 0
         self._bytes_total = sum(entry.size_bytes for entry in layout.tensors)
 
-    def run(self) -> dict[str, str]:
+    def run(self, threads: int) -> dict[str, str]:
         """Build all tensors; returns their checksums by name."""
-        with ThreadPoolExecutor(BUILD_THREADS, thread_name_prefix="image build") as threads:
-            futures = [threads.submit(self._take_tensors) for _ in range(BUILD_THREADS)]
+        with ThreadPoolExecutor(threads, thread_name_prefix="image build") as pool:
+            futures = [pool.submit(self._take_tensors) for _ in range(threads)]
         for future in futures:
             future.result()
         self._progress(self._bytes_total, self._bytes_total)

@@ -92,6 +92,15 @@ class Checkpoint:
                 os.close(descriptor)
             raise
 
+    def statuses(self) -> tuple[tuple[str, os.stat_result], ...]:
+        """Each file's name and its state now: of the open file, whatever the name leads to now."""
+        if self._closed:
+            raise ValueError("the checkpoint is closed")
+        try:
+            return tuple((name, os.fstat(descriptor)) for name, descriptor in self._files)
+        except OSError as error:
+            raise _invalid(f"a file's state cannot be read: {error}") from error
+
     def chunks(self, name: str, dtype: str) -> Iterator[memoryview]:
         """The tensor's elements as `dtype`, in order, CHUNK_BYTES of the file at a time.
 

@@ -11,6 +11,7 @@ names are in `metadata` too, as text, for programs.
     ├── InsufficientDeviceMemory  INSUFFICIENT_DEVICE_MEMORY  the partition has too few pages
     ├── ImageUnknown              IMAGE_UNKNOWN               the store has no image of that digest
     ├── ImageInUse                IMAGE_IN_USE                somebody holds or pinned the image
+    ├── CacheFailed               IMAGE_CACHE_FAILED          an image cannot be kept on disk
     ├── BuildCancelled            BUILD_CANCELLED             an image build was given up
     ├── TransferCancelled         TRANSFER_CANCELLED          a copy to the device was given up
     ├── TransferFailed            TRANSFER_FAILED             a copy to the device broke off
@@ -67,6 +68,12 @@ class ImageInUse(SwapError):
     """An image cannot be dropped while somebody holds it or it is pinned."""
 
     reason = "IMAGE_IN_USE"
+
+
+class CacheFailed(SwapError):
+    """An image could not be written to, or read from, the disk; whoever needs it builds it."""
+
+    reason = "IMAGE_CACHE_FAILED"
 
 
 class BuildCancelled(SwapError):

@@ -123,6 +123,14 @@ def complete(layout: Manifest, checksums: dict[str, str]) -> Manifest:
     return msgspec.structs.replace(manifest, digest=_digest_of(manifest))
 
 
+def same_layout(manifest: Manifest, layout: Manifest) -> bool:
+    """Whether an image is what `layout` plans: all alike but for checksums and digest."""
+    tensors = tuple(
+        msgspec.structs.replace(entry, checksum=_NO_CHECKSUM) for entry in manifest.tensors
+    )
+    return msgspec.structs.replace(manifest, tensors=tensors, digest=_NO_DIGEST) == layout
+
+
 def segment_bytes(layout: Manifest) -> int:
     """Size of the segment an image takes; known before it is built, since hashes have one size."""
     used = layout.weights_bytes + len(msgspec.json.encode(layout)) + _TRAILER.size

@@ -18,9 +18,9 @@ from swap.virtual_memory import VirtualMemory, view_of
 NAME_BYTES_MAX = 200
 
 # F_SEAL_FUTURE_WRITE rather than F_SEAL_WRITE: before Linux 6.7 the latter also refuses shared
-# mappings for reading, which is what workers make. Nobody maps a segment for writing (builders
-# write through the descriptor), so the two protect alike; F_SEAL_SEAL keeps the former from being
-# added by whoever else holds the descriptor. Python 3.11 has no name for it.
+# mappings for reading, which is what workers make. The builder unmaps what it maps for writing
+# before it seals, so the two protect alike; F_SEAL_SEAL keeps the former from being added by
+# whoever else holds the descriptor. Python 3.11 has no name for it.
 _F_SEAL_FUTURE_WRITE = 0x0010
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
 
@@ -84,6 +84,13 @@ class Segment:
         """Map the whole segment for reading; the mapping needs the descriptor no longer."""
         return Mapping(self.descriptor, self.size_bytes)
 
+    def map_for_filling(self, *, huge_pages: bool) -> Mapping:
+        """Map the whole segment for writing too; to be closed before the segment is sealed."""
+        mapping = Mapping(self.descriptor, self.size_bytes, write=True)
+        if huge_pages:
+            mapping.prefer_huge_pages()
+        return mapping
+
     @property
     def closed(self) -> bool:
         return self.descriptor < 0
@@ -92,6 +99,10 @@ class Segment:
         """Hand the descriptor over to the caller; the segment counts as closed."""
         descriptor, self.descriptor = self.descriptor, -1
         return descriptor
+
+    def move(self) -> Segment:
+        """The same segment as another object; this one counts as closed."""
+        return Segment(self.detach())
 
     def close(self) -> None:
         """Close the descriptor. Idempotent."""
@@ -111,15 +122,16 @@ class Segment:
 
 
 class Mapping:
-    """A segment's bytes at an address of this process, for reading. `close` unmaps it.
+    """A segment's bytes at an address of this process, to read or to fill. `close` unmaps it.
 
     Have a device `register` it before copying from it, so that the copy does not fault.
     """
 
-    def __init__(self, descriptor: int, size_bytes: int) -> None:
+    def __init__(self, descriptor: int, size_bytes: int, *, write: bool = False) -> None:
         self._memory = VirtualMemory()
+        self._write = write
         self.size_bytes = size_bytes
-        self.address = self._memory.map_file(descriptor, size_bytes)
+        self.address = self._memory.map_file(descriptor, size_bytes, write=write)
         self._closed = False
 
     @property
@@ -131,7 +143,16 @@ class Mapping:
         count = self.size_bytes - offset_bytes if size_bytes is None else size_bytes
         if self._closed or offset_bytes < 0 or count < 0 or offset_bytes + count > self.size_bytes:
             raise ValueError(f"bytes {offset_bytes} to {offset_bytes + count} are not mapped")
-        return view_of(self.address + offset_bytes, count).toreadonly()
+        view = view_of(self.address + offset_bytes, count)
+        return view if self._write else view.toreadonly()
+
+    def prefer_huge_pages(self) -> None:
+        """Ask for huge pages before the memory is touched; the host may not give any."""
+        self._memory.prefer_huge_pages(self.address, self.size_bytes)
+
+    def populate(self, offset_bytes: int, size_bytes: int) -> None:
+        """Make a part of the memory present; several threads may do so for parts of their own."""
+        self._memory.populate(self.address + offset_bytes, size_bytes, write=self._write)
 
     def close(self) -> None:
         """Unmap. Nothing may copy from it any more, and no view be in use. Idempotent."""

@@ -166,6 +166,9 @@ class HostStore:
     def manifest(self, digest: str) -> Manifest:
         return self._get(digest).manifest
 
+    def size_bytes(self, digest: str) -> int:
+        return self._get(digest).segment.size_bytes
+
     def descriptor(self, digest: str) -> int:
         """The image's descriptor, to be sent or duplicated; it stays the store's."""
         return self._get(digest).segment.descriptor

@@ -68,8 +68,7 @@ class VirtualMemory:
         """Put fresh zeroed memory over a reserved range: huge pages, present once touched."""
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         self._map(address, size_bytes, protection, _MAP_FIXED | _MAP_NORESERVE, "map memory")
-        # Hosts without transparent huge pages refuse the advice, and work with small pages.
-        self._madvise(address, size_bytes, mmap.MADV_HUGEPAGE)
+        self.prefer_huge_pages(address, size_bytes)
 
     def make_inaccessible(self, address: int, size_bytes: int) -> None:
         """Turn a range back into a bare reservation in one step; its memory is freed."""
@@ -87,6 +86,10 @@ class VirtualMemory:
             raise self._error(f"move {size_bytes} bytes of memory")
         self.make_inaccessible(source, size_bytes)
 
+    def prefer_huge_pages(self, address: int, size_bytes: int) -> None:
+        """Ask for huge pages in a mapping; without effect where the host does not allow them."""
+        self._madvise(address, size_bytes, mmap.MADV_HUGEPAGE)
+
     def populate(self, address: int, size_bytes: int, *, write: bool) -> None:
         """Make a mapped range present, so that no later access faults; contents stay."""
         advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
@@ -96,9 +99,10 @@ class VirtualMemory:
                 if ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN):
                     raise self._error(f"make {count} bytes of memory present")
 
-    def map_file(self, descriptor: int, size_bytes: int) -> int:
-        """Map a file's first bytes for reading, shared with everybody else who maps it."""
-        address = self._mmap(0, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    def map_file(self, descriptor: int, size_bytes: int, *, write: bool = False) -> int:
+        """Map a file's first bytes, for reading or both; shared with everybody who maps it."""
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+        address = self._mmap(0, size_bytes, protection, mmap.MAP_SHARED, descriptor, 0)
         if address in (None, _MAP_FAILED):
             raise self._error(f"map a segment of {size_bytes} bytes")
         return int(address)

@@ -16,6 +16,7 @@ from typing import Any
 
 from daemon.control.errors import CallRefused, ProcessFailed
 from engine.link import build
+from engine.link.build import Built, Restore
 from engine.link.errors import LinkClosed, LinkError
 from engine.link.peer import Peer
 
@@ -33,7 +34,7 @@ class Builder:
             sock,
             build.FromBuilder,
             name="image builder",
-            replies=(build.Inspected, build.Built, build.Failed),
+            replies=(build.Inspected, build.Built, build.Restored, build.Saved, build.Failed),
             handler=self._handle,
             on_close=lambda error: None,
         )
@@ -80,12 +81,27 @@ class Builder:
         assert isinstance(reply, build.Inspected)
         return reply
 
-    async def build(self, descriptor: int, on_progress: Callable[[int, int], None]) -> str:
-        """Build the inspected image into the segment behind `descriptor`; returns its digest."""
+    async def build(
+        self, descriptor: int, threads: int, on_progress: Callable[[int, int], None]
+    ) -> Built:
+        """Build the inspected image into the segment behind `descriptor`."""
         self._on_progress = on_progress
-        reply = await self._call(build.Build(), (descriptor,), BUILD_TIMEOUT_S)
+        reply = await self._call(build.Build(threads=threads), (descriptor,), BUILD_TIMEOUT_S)
         assert isinstance(reply, build.Built)
-        return reply.digest
+        return reply
+
+    async def restore(
+        self, request: Restore, descriptor: int, on_progress: Callable[[int, int], None]
+    ) -> None:
+        """Read the inspected checkpoint's image from disk into the segment behind `descriptor`."""
+        self._on_progress = on_progress
+        reply = await self._call(request, (descriptor,), BUILD_TIMEOUT_S)
+        assert isinstance(reply, build.Restored)
+
+    async def save(self, descriptor: int, path: Path) -> None:
+        """Write the image in the sealed segment behind `descriptor` to a file."""
+        reply = await self._call(build.Save(str(path)), (descriptor,), BUILD_TIMEOUT_S)
+        assert isinstance(reply, build.Saved)
 
     async def _call(self, message: Any, descriptors: tuple[int, ...], timeout_s: float) -> Any:
         try:

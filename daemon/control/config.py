@@ -66,9 +66,24 @@ class Node(Section):
 
 
 class HostStore(Section):
-    """The budget of images in host memory. 0 is half of the host's memory."""
+    """The budget of images in host memory. 0 is half of the host's memory.
+
+    `huge_pages` "auto" asks for transparent huge pages, which the host gives where its
+    shmem_enabled is `advise` or `always`; "off" does not ask.
+    """
 
     budget_bytes: Bytes = 0
+    huge_pages: Literal["auto", "off"] = "auto"
+
+
+class ImageCache(Section):
+    """Images on disk, as they are in host memory: what was built once is read back much faster.
+
+    `directory` is STATE_DIR/images unless given. `budget_bytes` 0 keeps none.
+    """
+
+    directory: str = ""
+    budget_bytes: Bytes = 64 << 30
 
 
 class Worker(Section):
@@ -112,12 +127,15 @@ class Gateway(Section):
 
 class Limits(Section):
     """Bounds of the control API. Finished operations are kept for `operation_history_s`, but never
-    more than `operations_kept_max` of them."""
+    more than `operations_kept_max` of them. `builds_max` images at once are built or read from
+    disk, with `build_threads` each; more loads wait their turn."""
 
     operations_kept_max: Annotated[int, Field(ge=10, le=1_000_000)] = 2000
     operation_history_s: Annotated[float, Field(ge=86400, allow_inf_nan=False)] = 7 * 86400.0
     operations_open_max: Count = 256
     models_max: Count = 1000
+    builds_max: Annotated[int, Field(ge=1, le=64)] = 2
+    build_threads: Annotated[int, Field(ge=1, le=64)] = 4
     watch_events_max: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
     watchers_max: Count = 1024
     watcher_events_max: Annotated[int, Field(ge=16, le=100_000)] = 4096
@@ -130,6 +148,7 @@ class Config(Section):
 
     node: Node = Node()
     host_store: HostStore = HostStore()
+    image_cache: ImageCache = ImageCache()
     worker: Worker = Worker()
     scheduling: Scheduling = Scheduling()
     gateway: Gateway = Gateway()
@@ -215,9 +234,19 @@ def _complete(config: Config, environment: Mapping[str, str]) -> Config:
             "repository": repository,
         }
     )
-    store = HostStore(budget_bytes=config.host_store.budget_bytes or memory // 2)
+    budget_bytes = config.host_store.budget_bytes or memory // 2
+    store = config.host_store.model_copy(update={"budget_bytes": budget_bytes})
+    images = Path(config.image_cache.directory or Path(node.state_dir) / "images").absolute()
+    cache = config.image_cache.model_copy(update={"directory": str(images)})
     failpoints = environment.get("HOTBAY_FAILPOINTS", "") or config.failpoints
-    return config.model_copy(update={"node": node, "host_store": store, "failpoints": failpoints})
+    return config.model_copy(
+        update={
+            "node": node,
+            "host_store": store,
+            "image_cache": cache,
+            "failpoints": failpoints,
+        }
+    )
 
 
 def _explain(error: ValidationError) -> list[str]:

@@ -15,15 +15,16 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
+from daemon.control.disk_cache import HOLDER, DiskCache
 from daemon.control.errors import ControlError, Refused
 from daemon.control.failpoints import FailPoint, FailPoints
 from daemon.control.failures import Failed
 from daemon.control.planning import facts_of
-from daemon.control.records import Failure, Stage, Version
+from daemon.control.records import Facts, Failure, Stage, Version
 from daemon.control.running import Handle
 from daemon.control.worker_client import WorkerClient
 from daemon.control.world import World
-from engine.link.build import Inspected
+from engine.link.build import Built, Inspected, Restore
 from engine.link.errors import LinkError
 from swap.errors import CorruptWeights, SwapError
 from swap.segment import Segment
@@ -35,7 +36,13 @@ class ImageBuilder(Protocol):
     """One image builder process."""
 
     async def inspect(self, directory: Path, dtype: str) -> Inspected: ...
-    async def build(self, descriptor: int, on_progress: Callable[[int, int], None]) -> str: ...
+    async def build(
+        self, descriptor: int, threads: int, on_progress: Callable[[int, int], None]
+    ) -> Built: ...
+    async def restore(
+        self, request: Restore, descriptor: int, on_progress: Callable[[int, int], None]
+    ) -> None: ...
+    async def save(self, descriptor: int, path: Path) -> None: ...
 
 
 class Keepers(Protocol):
@@ -57,12 +64,20 @@ class Images:
     """Brings images into memory and workers, and out of them."""
 
     def __init__(
-        self, world: World, builders: Builders, custody: Keepers, failpoints: FailPoints
+        self,
+        world: World,
+        builders: Builders,
+        custody: Keepers,
+        disk: DiskCache,
+        failpoints: FailPoints,
     ) -> None:
         self._world = world
         self._builders = builders
         self._custody = custody
+        self._disk = disk
         self._failpoints = failpoints
+        # Several loads share the disk and the cores: the first come are served first.
+        self._turns = asyncio.Semaphore(world.config.limits.builds_max)
         self._in_use: dict[str, int] = {}
         self._spread = asyncio.Event()
         # Held while images are mapped in the background, and while others are made to leave.
@@ -83,6 +98,10 @@ class Images:
             return version.digest, False
         facts = facts_of(version)
         handle.update(stage=Stage.BUILDING, bytes_done=0, bytes_total=facts.weights_bytes)
+        async with self._turns:
+            return await self._make(version, facts, handle), True
+
+    async def _make(self, version: Version, facts: Facts, handle: Handle) -> str:
         store = self._world.store
         async with self._mapping:
             for digest in self.evictions(facts.segment_bytes):
@@ -93,16 +112,7 @@ class Images:
             for evicted in reservation.evicted:
                 await self._custody.drop(evicted)
             await self._failpoints.reach(FailPoint.RESERVED)
-            async with self._builders() as builder:
-                directory = Path(version.directory)
-                told = await builder.inspect(directory, self._world.config.worker.dtype)
-                if told.segment_bytes != facts.segment_bytes:
-                    raise Failed(_changed(version, facts.segment_bytes, told.segment_bytes))
-                segment = Segment.create(facts.segment_bytes, version.key)
-                digest = await builder.build(
-                    segment.descriptor,
-                    lambda done, total: handle.update(bytes_done=done, bytes_total=total),
-                )
+            segment, digest, key = await self._fill(version, facts, handle)
             await self._failpoints.reach(FailPoint.BUILT)
             held, segment = segment, None  # the store owns it from here on, or closes it
             manifest = store.commit(reservation, held)
@@ -118,7 +128,52 @@ class Images:
             )
         await self._custody.keep(digest, store.descriptor(digest))
         await self._failpoints.reach(FailPoint.STORED)
-        return digest, True
+        self._disk.save_soon(key, digest)
+        return digest
+
+    async def _fill(
+        self, version: Version, facts: Facts, handle: Handle
+    ) -> tuple[Segment, str, str]:
+        """A sealed segment, the caller's; its image's digest, and the key to keep it by, if any."""
+
+        def tell(done: int, total: int) -> None:
+            handle.update(bytes_done=done, bytes_total=total)
+
+        config, size_bytes = self._world.config, facts.segment_bytes
+        async with self._builders() as builder:
+            told = await builder.inspect(Path(version.directory), config.worker.dtype)
+            if told.segment_bytes != size_bytes:
+                raise Failed(_changed(version, size_bytes, told.segment_bytes))
+            if (cached := await self._disk.find(told)) is not None:
+                request = Restore(
+                    path=str(cached.path),
+                    digest=cached.digest,
+                    threads=config.limits.build_threads,
+                    huge_pages=config.host_store.huge_pages != "off",
+                    numa_node=self._numa_node(handle.record.intent.partition),
+                )
+                segment = Segment.create(size_bytes, version.key)
+                try:
+                    if await self._disk.restore(builder, request, segment.descriptor, tell):
+                        handle.update(message="its image was read from the image cache")
+                        self._disk.loads["cache"] += 1
+                        return segment.move(), cached.digest, ""
+                finally:
+                    segment.close()
+            segment = Segment.create(size_bytes, version.key)
+            try:
+                built = await builder.build(segment.descriptor, config.limits.build_threads, tell)
+                self._disk.loads["checkpoint"] += 1
+                return segment.move(), built.digest, built.key
+            finally:
+                segment.close()
+
+    def _numa_node(self, partition: str) -> int:
+        """Of the partition's GPU; -1 where there is no partition, or its GPU does not say."""
+        uuid = self._world.partitions[partition].gpu_uuid if partition else ""
+        found = (gpu.numa_node for gpu in self._world.gpus if gpu.uuid == uuid)
+        node = next(found, None)
+        return -1 if node is None else node
 
     async def attach(self, digest: str, client: WorkerClient) -> None:
         """Have a worker map an image, unless it does already."""
@@ -198,8 +253,8 @@ class Images:
         leaving: list[str] = []
         evictable_bytes = 0
         for image in store.images():
-            only_workers = all(name.startswith("worker:") for name in image.holders)
-            if image.pinned or image.digest in needed_by or not only_workers:
+            yielding = all(name.startswith("worker:") or name == HOLDER for name in image.holders)
+            if image.pinned or image.digest in needed_by or not yielding:
                 continue
             if evictable_bytes < excess:
                 leaving.append(image.digest)
@@ -221,6 +276,7 @@ class Images:
         return leaving
 
     async def _detach(self, digest: str) -> None:
+        await self._disk.give_up(digest)
         held_by = {
             name
             for image in self._world.store.images()
@@ -240,6 +296,7 @@ class Images:
         for digest in client.state.images:
             if digest in self._world.store:
                 self._world.store.acquire(digest, holder(client.partition))
+        self.apply_pins()
         self.spread_soon()
 
     def worker_down(self, partition: str) -> None:
@@ -263,7 +320,18 @@ class Images:
                 continue
             if manifest.digest != digest:
                 log.warning("the image kept as %s is %s", digest[:12], manifest.digest[:12])
+        self.apply_pins()
         return bad
+
+    def apply_pins(self) -> None:
+        """Have the store pin what the registry says, and nothing else."""
+        versions = self._world.registry.versions()
+        pinned = {version.digest for version in versions if version.pinned}
+        for image in self._world.store.images():
+            if image.digest in pinned:
+                self._world.store.pin(image.digest)
+            else:
+                self._world.store.unpin(image.digest)
 
 
 def _changed(version: Version, before: int, now: int) -> Failure:

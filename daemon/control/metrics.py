@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from daemon.control.disk_cache import DiskCache
 from daemon.control.records import Operation
 from daemon.control.world import World
 from engine.link.control import ExchangeResult, Ledger
@@ -24,7 +25,7 @@ PHASE_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 class Metrics:
     """Everything that is counted; `text` is the exposition."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, disk: DiskCache) -> None:
         self._registry = CollectorRegistry()
         self._swaps = Counter(
             "hotbay_swaps",
@@ -56,7 +57,7 @@ class Metrics:
             ["kind", "cause", "outcome"],
             registry=self._registry,
         )
-        self._registry.register(Reports(world))
+        self._registry.register(Reports(world, disk))
 
     def exchanged(self, result: ExchangeResult) -> None:
         """Count a swap, load or unload that ended on its partition."""
@@ -99,14 +100,16 @@ class Metrics:
 class Reports(Collector):
     """What the world and the workers say when asked."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, disk: DiskCache) -> None:
         self._world = world
+        self._disk = disk
 
     def describe(self) -> Iterable[Metric]:
         return []
 
     def collect(self) -> Iterable[Metric]:
         yield from self._node()
+        yield from self._images()
         yield from self._partitions()
         yield from self._engines()
 
@@ -131,6 +134,23 @@ class Reports(Collector):
             restarts.add_metric([info.role, info.partition], info.restarts)
         yield resident
         yield restarts
+
+    def _images(self) -> Iterable[Metric]:
+        bytes_ = GaugeMetricFamily(
+            "hotbay_image_cache_bytes", "Images kept on disk.", labels=["kind"]
+        )
+        bytes_.add_metric(["budget"], self._disk.budget_bytes)
+        bytes_.add_metric(["images"], self._disk.kept_bytes)
+        loads = CounterMetricFamily(
+            "hotbay_image_loads", "Images brought to host memory, by origin.", labels=["origin"]
+        )
+        for origin, count in self._disk.loads.items():
+            loads.add_metric([origin], count)
+        failures = CounterMetricFamily(
+            "hotbay_image_cache_failures", "Images on disk that were unusable or not written."
+        )
+        failures.add_metric([], self._disk.failures)
+        yield from (bytes_, loads, failures)
 
     def _partitions(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("hotbay_worker_up", "Whether it answers.", labels=["partition"])

@@ -22,6 +22,7 @@ from daemon.control.conductor import Conductor
 from daemon.control.config import Config
 from daemon.control.custody import Custody
 from daemon.control.demand_loop import DemandLoop
+from daemon.control.disk_cache import DiskCache
 from daemon.control.failpoints import FailPoints, parse_failpoints
 from daemon.control.fleet import Fleet
 from daemon.control.gateway_client import GatewayClient
@@ -47,6 +48,7 @@ from partitioner.bounded import BoundedNvml
 from partitioner.errors import PartitionerError
 from partitioner.gpu import Gpu
 from partitioner.partition import whole_partitions
+from swap.image_cache import ImageCache
 from swap.store import HostStore
 
 log = logging.getLogger(__name__)
@@ -108,7 +110,14 @@ class Node:
         world.processes = self.fleet
         self._journal = journal
         self._custody = Custody(notifier)
-        self._metrics = Metrics(world)
+        kept = config.image_cache
+        self._disk = DiskCache(
+            ImageCache(Path(kept.directory), kept.budget_bytes),
+            world.store,
+            builders,
+            world.warnings.append,
+        )
+        self._metrics = Metrics(world, self._disk)
         failpoints = FailPoints(parse_failpoints(config.failpoints))
         self._hub = Hub(self._show, config.limits)
         self._operations = Operations(
@@ -118,7 +127,7 @@ class Node:
             lambda name: self._hub.removed("operation", name),
         )
         self._router = Router(world)
-        self._images = Images(world, builders, self._custody, failpoints)
+        self._images = Images(world, builders, self._custody, self._disk, failpoints)
         transitions = Transitions(
             world, self._images, self._router, journal, failpoints, self._metrics.exchanged
         )
@@ -140,6 +149,7 @@ class Node:
             self._router,
             self._hub,
             NodeService(world, self._operations, version, self._discover, lambda: self._listening),
+            self._images,
         )
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when one of the daemon's own loops does."""
@@ -153,6 +163,7 @@ class Node:
         world, config = self.world, self._config
         open_operations = self._operations.restore(self._contents.operations)
         await self._server.start()
+        await self._disk.open()
         scan = asyncio.create_task(self._scan(), name="scan")
         try:
             await self.fleet.start()
@@ -169,6 +180,7 @@ class Node:
         self._tasks = [
             asyncio.create_task(self._images.spread(), name="spread"),
             asyncio.create_task(self._demand.run(), name="demand"),
+            asyncio.create_task(self._disk.run(), name="image cache"),
         ]
         for task in self._tasks:
             task.add_done_callback(self._loop_ended)

@@ -51,6 +51,8 @@ class Version(msgspec.Struct, frozen=True):
     failure: Failure | None = None
     digest: str = ""
     """Of its image, once one was built."""
+    pinned: bool = False
+    """Whether a user wants its image to stay in host memory."""
 
     @property
     def key(self) -> str:
@@ -98,6 +100,7 @@ class Kind(StrEnum):
     DRAIN = "drain"
     RESUME = "resume"
     REGISTER = "register"
+    PIN = "pin"
 
 
 class Cause(StrEnum):

@@ -150,6 +150,10 @@ class Registry:
             return []
         return [self.put(msgspec.structs.replace(version, digest=digest))]
 
+    def pin(self, key: str, pinned: bool) -> Put:
+        """Note whether a user wants a version's image to stay in host memory."""
+        return self.put(msgspec.structs.replace(self._versions[key], pinned=pinned))
+
     async def scan(self, repository: Path) -> list[Put]:
         """Bring the table up to date with DIR/name/version/. Bad checkpoints are listed as FAILED.
 
@@ -243,6 +247,7 @@ class Registry:
             failure = failure_of(error)
         if failure is not None:
             log.warning("%s@%d is unusable: %s", item.name, item.version, failure.message)
+        known = self._versions.get(f"{item.name}@{item.version}")
         return Version(
             name=item.name,
             version=item.version,
@@ -252,6 +257,7 @@ class Registry:
             fingerprint=print_,
             facts=facts,
             failure=failure,
+            pinned=known is not None and known.pinned,
         )
 
     def _gone(self, found: Iterable[Found]) -> list[Version]:

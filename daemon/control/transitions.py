@@ -71,6 +71,7 @@ class Transitions:
         self._images.use(digest)
         try:
             changes: list[Put | Drop] = [*world.registry.learn_digest(key, digest)]
+            self._images.apply_pins()
             self._images.spread_soon()
             if intent.standby:
                 return Outcome(Result(key, "STANDBY", "", plan.note), tuple(changes))

@@ -20,13 +20,12 @@ from partitioner.partition import Partition
 def model(world: World, name: str) -> model_pb2.Model:
     """A model with all its versions. Raises Refused (MODEL_NOT_FOUND)."""
     versions = world.registry.of(name)
-    pinned = {image.digest for image in world.store.images() if image.pinned}
     return model_pb2.Model(
         name=name,
         versions=[version(world, each) for each in versions],
         default_version=world.registry.default(name).version,
         labels=world.registry.labels(name),
-        pinned=any(each.digest in pinned for each in versions),
+        pinned=any(each.pinned for each in versions),
     )
 
 
@@ -46,6 +45,7 @@ def version(world: World, version: Version) -> model_pb2.ModelVersion:
         create_time=timestamp(version.created_s),
         waiting=(held.requests if held else 0) + (engine.waiting if engine else 0),
         running=engine.running if engine else 0,
+        pinned=version.pinned,
     )
     facts = version.facts
     if facts is not None:

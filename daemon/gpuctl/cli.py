@@ -76,6 +76,7 @@ def build() -> typer.Typer:
     _declare_models(models)
     app.add_typer(models, name="model")
     _declare_moves(app)
+    _declare_pins(app)
     _declare_run(app)
     operations = _group("Look at, wait for and cancel operations.")
     _declare_operations(operations)
@@ -255,6 +256,32 @@ def _declare_moves(app: typer.Typer) -> None:
         from daemon.gpuctl import moves
 
         moves.resume(session, model, moves.How(request_id, dry_run, wait))
+
+
+def _declare_pins(app: typer.Typer) -> None:
+    @command(app, "pin")
+    def pin(
+        session: Session,
+        model: ModelArgument,
+        request_id: RequestIdOption = "",
+        dry_run: DryRunOption = False,
+    ) -> None:
+        """Keep a model's image in host memory, whatever else needs the memory."""
+        from daemon.gpuctl import models
+
+        models.pin(session, model, True, request_id, dry_run)
+
+    @command(app, "unpin")
+    def unpin(
+        session: Session,
+        model: ModelArgument,
+        request_id: RequestIdOption = "",
+        dry_run: DryRunOption = False,
+    ) -> None:
+        """Let a model's image make room for others again."""
+        from daemon.gpuctl import models
+
+        models.pin(session, model, False, request_id, dry_run)
 
 
 def _declare_run(app: typer.Typer) -> None:

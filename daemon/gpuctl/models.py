@@ -1,4 +1,4 @@
-"""model register, ls and show.
+"""model register, ls and show, pin and unpin.
 
 Registering reads a checkpoint's headers on the daemon's host and loads nothing; the directory is
 made absolute here, because the daemon's working directory is not the user's.
@@ -18,7 +18,7 @@ from daemon.gpuctl.text import NOTHING, count, size, word
 COLUMNS = (
     Column("MODEL"), Column("STATE"), Column("PARTITION"), Column("FAMILY"),
     Column("PARAMETERS", right=True), Column("WEIGHTS", right=True), Column("CONTEXT", right=True),
-    Column("LABELS"),
+    Column("PINNED"), Column("LABELS"),
 )  # fmt: skip
 
 
@@ -79,6 +79,17 @@ def show(session: Session, name: str) -> None:
             print_line(line)
 
 
+def pin(session: Session, name: str, pinned: bool, request_id: str, dry_run: bool) -> None:
+    """`gpuctl pin` and `gpuctl unpin`."""
+    session.names = [name]
+    model = session.client.pin(name, pinned, request_id=request_id, validate_only=dry_run)
+    if session.json:
+        print_json(model)
+        return
+    verb = "pinned in host memory" if pinned else "unpinned"
+    print_line(f"{name} {'could be' if dry_run else 'is'} {verb}")
+
+
 def _row(model: model_pb2.Model, version: model_pb2.ModelVersion) -> list[str]:
     labels = sorted(label for label, number in model.labels.items() if number == version.version)
     return [
@@ -89,6 +100,7 @@ def _row(model: model_pb2.Model, version: model_pb2.ModelVersion) -> list[str]:
         count(version.parameters),
         size(version.weights_bytes),
         str(version.context_tokens),
+        "yes" if version.pinned else NOTHING,
         ", ".join(labels) or NOTHING,
     ]
 

@@ -1,8 +1,9 @@
 """Messages between hotbayd and an image builder (a socket pair, inherited as a descriptor).
 
 A builder lives for one checkpoint: hotbayd asks `Inspect`, decides whether the image fits, hands
-over a segment of the size that was answered, and waits for `Built`. A builder never sees a device
-and never allocates the image's memory itself.
+over a segment of the size that was answered, and waits for `Built`; or, when an image of the same
+checkpoint is on disk, for `Restored`. Another one, later, is handed the sealed segment with `Save`
+and writes it to disk. A builder never sees a device and never allocates the image's memory itself.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Inspected(msgspec.Struct, frozen=True, tag=True):
     weights_bytes: int
     """Device memory its weights take, before rounding up to pages."""
     kv_bytes_per_token: int
+    key: str = ""
+    """Identifies the checkpoint's files as they are now, together with the image they become."""
 
 
 class Build(msgspec.Struct, frozen=True, tag=True):
@@ -42,7 +45,46 @@ class Build(msgspec.Struct, frozen=True, tag=True):
     Answered by Built or Failed; BuildProgress comes meanwhile.
     """
 
+    threads: int = 2
     call: int = 0
+
+
+class Restore(msgspec.Struct, frozen=True, tag=True):
+    """Read the inspected checkpoint's image from a file into the segment that travels along.
+
+    Answered by Restored or Failed; BuildProgress comes meanwhile. After Failed the segment's
+    contents mean nothing, and the inspection still holds.
+    """
+
+    path: str
+    digest: str
+    threads: int = 4
+    huge_pages: bool = True
+    numa_node: int = -1
+    """Where its memory should be; -1 leaves that to the system."""
+    call: int = 0
+
+
+class Restored(msgspec.Struct, frozen=True, tag=True):
+    """The image is complete, checked and sealed."""
+
+    call: int
+
+
+class Save(msgspec.Struct, frozen=True, tag=True):
+    """Write the image in the sealed segment that travels along to a file. Needs no inspection.
+
+    Answered by Saved or Failed.
+    """
+
+    path: str
+    call: int = 0
+
+
+class Saved(msgspec.Struct, frozen=True, tag=True):
+    """The file is complete, on disk and under its name."""
+
+    call: int
 
 
 class BuildProgress(msgspec.Struct, frozen=True, tag=True):
@@ -57,6 +99,9 @@ class Built(msgspec.Struct, frozen=True, tag=True):
 
     call: int
     digest: str
+    key: str = ""
+    """As in Inspected; empty when the files changed meanwhile, or so shortly before that a change
+    might not show. The image is then not to be found again by its files."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -68,5 +113,5 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     metadata: dict[str, str] = {}
 
 
-ToBuilder = Inspect | Build
-FromBuilder = Inspected | BuildProgress | Built | Failed
+ToBuilder = Inspect | Build | Restore | Save
+FromBuilder = Inspected | BuildProgress | Built | Restored | Saved | Failed

@@ -230,6 +230,19 @@ class Client:
         )
         return self._connection.call(self._models.ResumeModel, request)
 
+    def pin(
+        self, model: str, pinned: bool = True, *, request_id: str = "", validate_only: bool = False
+    ) -> model_pb2.Model:
+        """Keep a model's image in host memory once it is there, or with False let it go again."""
+        request = model_pb2.PinModelRequest(
+            model=model,
+            pinned=pinned,
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        )
+        answer: model_pb2.Model = self._connection.call(self._models.PinModel, request)
+        return answer
+
     # What goes on.
 
     def operation(self, name: str) -> Operation:

@@ -39,6 +39,7 @@ WORKING = {
     "ModelService": {
         *("RegisterModel", "ListModels", "GetModel"),
         *("LoadModel", "UnloadModel", "SwapModel", "DrainModel", "ResumeModel"),
+        "PinModel",
     },
     "WatchService": {"Watch"},
     "SchedulingService": set(),

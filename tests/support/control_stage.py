@@ -29,13 +29,15 @@ from daemon.control.place import Commands, FleetEvents
 from daemon.control.processes import ProcessInfo
 from daemon.control.worker_client import WorkerClient
 from engine.link import control, routes
-from engine.link.build import Inspected
+from engine.link.build import Built, Inspected, Restore
 from engine.link.control import EngineState, EngineStatus, ExchangeResult, Ledger, Stage
 from engine.link.peer import Peer
 from partitioner.bounded import BoundedNvml
 from partitioner.simulated.install import installed
 from partitioner.simulated.node import SimulatedNode
 from partitioner.simulation import parse_simulate
+from swap.cached_image import restore_image, save_image
+from swap.errors import SwapError
 from swap.image import (
     TensorRecipe,
     complete,
@@ -318,6 +320,10 @@ class Builders:
     inspections: list[str] = field(default_factory=list)
     refuse: CallRefused | None = None
     pause: asyncio.Event | None = None
+    key: Callable[[Path], str] = lambda directory: ""
+    restores: list[str] = field(default_factory=list)
+    saves: list[Path] = field(default_factory=list)
+    pause_save: asyncio.Event | None = None
 
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncIterator[Builders]:
@@ -346,9 +352,29 @@ class Builders:
             segment_bytes=segment_bytes(layout),
             weights_bytes=layout.weights_bytes,
             kv_bytes_per_token=1024,
+            key=self.key(directory),
         )
 
-    async def build(self, descriptor: int, on_progress: Callable[[int, int], None]) -> str:
+    async def restore(
+        self, request: Restore, descriptor: int, on_progress: Callable[[int, int], None]
+    ) -> None:
+        self.restores.append(self._directory.parent.name)
+        layout = self.layout(self._directory)
+        segment = Segment(descriptor)  # the caller's
+        try:
+            restore_image(Path(request.path), layout, segment, digest=request.digest)
+        except SwapError as error:
+            raise CallRefused(str(error), reason=error.reason) from error
+
+    async def save(self, descriptor: int, path: Path) -> None:
+        self.saves.append(path)
+        if self.pause_save is not None:
+            await self.pause_save.wait()
+        save_image(Segment(descriptor), path)
+
+    async def build(
+        self, descriptor: int, threads: int, on_progress: Callable[[int, int], None]
+    ) -> Built:
         directory = self._directory
         self.builds.append(directory.parent.name)
         on_progress(1, 2)
@@ -362,7 +388,7 @@ class Builders:
         write_manifest(descriptor, manifest)
         segment = Segment(descriptor)
         segment.seal()
-        return manifest.digest
+        return Built(0, manifest.digest, self.key(directory))
 
 
 class StageFleet:

@@ -314,6 +314,15 @@ class ModelAnswers(Answers, model_pb2_grpc.ModelServiceServicer):
     def DrainModel(self, request: Any, context: Any) -> Operation:
         return self._change("DrainModel", request, context)
 
+    def PinModel(self, request: Any, context: Any) -> model_pb2.Model:
+        self.node.take("PinModel", request, context)
+        model = self.node.find_model(request.model, context)
+        if not request.validate_only:
+            model.pinned = request.pinned
+            for each in model.versions:
+                each.pinned = request.pinned
+        return model
+
     def ResumeModel(self, request: Any, context: Any) -> Operation:
         return self._change("ResumeModel", request, context)
 

@@ -10,6 +10,7 @@ from hotbay.v1 import model_pb2
 from daemon.control import answers, views
 from daemon.control.conductor import Conductor
 from daemon.control.failures import Failed
+from daemon.control.images import Images
 from daemon.control.operations import Operations
 from daemon.control.records import Intent, Kind, Plan, Result
 from daemon.control.routing import Router
@@ -22,12 +23,18 @@ class ModelService:
     """The methods that work now; the server answers the others as not implemented."""
 
     def __init__(
-        self, world: World, operations: Operations, conductor: Conductor, router: Router
+        self,
+        world: World,
+        operations: Operations,
+        conductor: Conductor,
+        router: Router,
+        images: Images,
     ) -> None:
         self._world = world
         self._operations = operations
         self._conductor = conductor
         self._router = router
+        self._images = images
 
     async def RegisterModel(self, request: model_pb2.RegisterModelRequest) -> model_pb2.Model:
         await self._conductor.admit()
@@ -122,6 +129,30 @@ class ModelService:
         return await self._submit(
             "ResumeModel", request, Intent(Kind.RESUME, incoming=request.model)
         )
+
+    async def PinModel(self, request: model_pb2.PinModelRequest) -> model_pb2.Model:
+        await self._conductor.admit()
+        requests.required("model", request.model)
+        key = self._world.registry.resolve(request.model).key
+
+        async def run(handle: Handle) -> Outcome:
+            put = self._world.registry.pin(key, request.pinned)
+            self._images.apply_pins()
+            state = self._world.state(self._world.registry[key])[0]
+            return Outcome(Result(key, state), (put,))
+
+        if not request.validate_only:
+            operation = await self._operations.begin(
+                requests.identity("PinModel", request),
+                Intent(Kind.PIN, incoming=key),
+                Plan(),
+                (f"pin:{key}",),
+                run,
+            )
+            operation = await self._operations.wait(operation.name, None)
+            if operation.failure is not None:
+                raise Failed(operation.failure)
+        return views.model(self._world, self._world.registry[key].name)
 
     async def _submit(self, method: str, request: Any, intent: Intent) -> Any:
         operation = await self._conductor.submit(

@@ -97,6 +97,7 @@ class Model(message.Message):
     default_version: builtins.int
     """The version that a bare name means."""
     pinned: builtins.bool
+    """Whether any version is."""
     @builtins.property
     def versions(self) -> containers.RepeatedCompositeFieldContainer[ModelVersion]: ...
     @builtins.property
@@ -139,6 +140,7 @@ class ModelVersion(message.Message):
     CREATE_TIME_FIELD_NUMBER: builtins.int
     WAITING_FIELD_NUMBER: builtins.int
     RUNNING_FIELD_NUMBER: builtins.int
+    PINNED_FIELD_NUMBER: builtins.int
     version: builtins.int
     key: builtins.str
     """`name@version`, as used on partitions and in events."""
@@ -162,6 +164,8 @@ class ModelVersion(message.Message):
     waiting: builtins.int
     """Requests that wait for it."""
     running: builtins.int
+    pinned: builtins.bool
+    """Whether its image stays in host memory whatever the pressure."""
     @builtins.property
     def create_time(self) -> timestamp_pb2.Timestamp: ...
     def __init__(
@@ -186,10 +190,11 @@ class ModelVersion(message.Message):
         create_time: timestamp_pb2.Timestamp | None = ...,
         waiting: builtins.int = ...,
         running: builtins.int = ...,
+        pinned: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "context_tokens", b"context_tokens", "create_time", b"create_time", "digest", b"digest", "directory", b"directory", "family", b"family", "image_bytes", b"image_bytes", "key", b"key", "kv_bytes_per_token", b"kv_bytes_per_token", "layers", b"layers", "parameters", b"parameters", "partition", b"partition", "reason", b"reason", "running", b"running", "state", b"state", "version", b"version", "vocabulary", b"vocabulary", "waiting", b"waiting", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "context_tokens", b"context_tokens", "create_time", b"create_time", "digest", b"digest", "directory", b"directory", "family", b"family", "image_bytes", b"image_bytes", "key", b"key", "kv_bytes_per_token", b"kv_bytes_per_token", "layers", b"layers", "parameters", b"parameters", "partition", b"partition", "pinned", b"pinned", "reason", b"reason", "running", b"running", "state", b"state", "version", b"version", "vocabulary", b"vocabulary", "waiting", b"waiting", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
