@@ -27,6 +27,8 @@ from engine.link.build import (
     FromBuilder,
     Inspect,
     Inspected,
+    Restored,
+    Saved,
 )
 from engine.link.errors import LinkError
 from engine.link.peer import Peer
@@ -100,7 +102,7 @@ class Session:
             ours,
             FromBuilder,
             name="builder",
-            replies=(Inspected, Built, Failed),
+            replies=(Inspected, Built, Restored, Saved, Failed),
             handler=self._take,
             on_close=self._closed,
         )
@@ -298,8 +300,8 @@ def test_a_checkpoint_cut_after_inspection_fails_the_build(model: Path) -> None:
     run(scenario)
 
 
-def test_it_ends_when_hotbayd_goes_away_in_the_middle_of_a_build(model: Path) -> None:
-    """An embedding of 512 MiB, all of it a hole in the file, so that the build takes a while."""
+def hollow_checkpoint(model: Path) -> None:
+    """An embedding of 512 MiB, all of it a hole in the file, so that everything takes a while."""
     (model / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 1 << 22}))
     spec = ModelSpec.from_directory(model)
     header, position = {}, 0
@@ -315,6 +317,10 @@ def test_it_ends_when_hotbayd_goes_away_in_the_middle_of_a_build(model: Path) ->
     with open(model / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         file.truncate(8 + len(encoded) + position)
+
+
+def test_it_ends_when_hotbayd_goes_away_in_the_middle_of_a_build(model: Path) -> None:
+    hollow_checkpoint(model)
 
     async def scenario(session: Session) -> None:
         inspected = await session.call(Inspect(str(model), "bfloat16"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import hashlib
 import os
 import socket
@@ -327,7 +328,7 @@ class Builders:
 
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncIterator[Builders]:
-        yield self
+        yield copy.copy(self)  # each knows its own checkpoint; what is noted is shared
 
     def layout(self, directory: Path) -> Any:
         size_path = directory / "bytes"
