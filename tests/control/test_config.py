@@ -30,6 +30,18 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     assert config.host_store.budget_bytes == memory // 2
 
 
+def test_images_on_disk_are_below_the_state_unless_said_otherwise(tmp_path: Path) -> None:
+    config = read(tmp_path, "")
+    assert config.image_cache.directory == "/var/x/images"
+    assert config.image_cache.budget_bytes == 64 << 30
+    assert (config.limits.builds_max, config.limits.build_threads) == (2, 4)
+    text = '[image_cache]\ndirectory = "/big"\nbudget_bytes = 0\n[host_store]\nhuge_pages = "off"\n'
+    config = read(tmp_path, text)
+    assert (config.image_cache.directory, config.image_cache.budget_bytes) == ("/big", 0)
+    assert config.host_store.huge_pages == "off"
+    assert config.host_store.budget_bytes > 0
+
+
 def test_flags_win_over_the_file_and_empty_ones_do_not(tmp_path: Path) -> None:
     text = '[node]\nhttp = "127.0.0.1:1"\ngrpc = "127.0.0.1:2"\n'
     config = read(tmp_path, text, http="127.0.0.1:9", grpc="")
@@ -58,6 +70,9 @@ def test_values_are_read_with_their_types(tmp_path: Path) -> None:
         ('[node]\nhttp = "example.org:80"\n', "neither an IP address nor localhost"),
         ('[node]\nrepository = "/nowhere/at/all"\n', "not a directory"),
         ("[limits]\noperation_history_s = 60\n", "operation_history_s"),
+        ('[host_store]\nhuge_pages = "4KiB"\n', "'auto' or 'off'"),
+        ("[limits]\nbuilds_max = 0\n", "builds_max"),
+        ("[image_cache]\nbudget_bytes = -1\n", "budget_bytes"),
         ("[node\n", "cannot read the configuration"),
     ],
 )

@@ -245,3 +245,20 @@ def test_version_asks_nobody_unless_told_to(node: ScriptedNode, gpuctl: Run) -> 
     assert node.requests == []
     assert gpuctl("version", "--daemon").out.splitlines()[1] == "hotbayd 9.9.9 on testhost"
     assert json.loads(gpuctl("version", "--daemon", "-o", "json").out)["hotbayd"] == "9.9.9"
+
+
+def test_pins_are_set_shown_and_taken_back(node: ScriptedNode, gpuctl: Run) -> None:
+    done = gpuctl("pin", "prose", "--dry-run")
+    assert (done.code, done.out) == (0, "prose could be pinned in host memory\n")
+    assert not node.models["prose"].pinned
+    assert gpuctl("pin", "prose").out == "prose is pinned in host memory\n"
+    lines = gpuctl("model", "ls").out.splitlines()
+    column = lines[0].index("PINNED")
+    shown = {line.split("@")[0]: line[column:].split()[0] for line in lines[1:]}
+    assert shown == {"prose": "yes", "code": "-"}
+    assert "; pinned" in gpuctl("model", "show", "prose").out
+    assert json.loads(gpuctl("unpin", "prose", "-o", "json").out)["name"] == "prose"
+    assert not node.models["prose"].pinned
+    missing = gpuctl("pin", "prosa")
+    assert missing.code != 0
+    assert "no model 'prosa'" in missing.err

@@ -1,0 +1,94 @@
+"""A whole node and its images on disk: what is read back, and what never is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import httpx
+from hotbay.local_node import LocalNode
+
+from swap.identity import SETTLE_S
+from tests.e2e.conftest import PROMPTS, REPOSITORY, NodeMaker, Oracle
+
+PROMPT = PROMPTS["prose"][0]
+TOKENS = 12
+WRITTEN_TIMEOUT_S = 20.0
+ALTERED_BYTES = 200_000
+
+
+def ask(node: LocalNode) -> str:
+    body = {"model": "prose", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
+    answer = httpx.post(f"{node.http_url}/v1/completions", json=body, timeout=30)
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["text"]
+    return text
+
+
+def loads(node: LocalNode, origin: str) -> float:
+    """Images that this daemon brought to memory from there."""
+    text = httpx.get(f"{node.http_url}/metrics", timeout=10).text
+    line = f'hotbay_image_loads_total{{origin="{origin}"}}'
+    return next(float(each.split()[1]) for each in text.splitlines() if each.startswith(line))
+
+
+def images(node: LocalNode) -> list[Path]:
+    return sorted(Path(node.directory).rglob("*.image"))
+
+
+def written(node: LocalNode, count: int) -> list[Path]:
+    """The images on disk, once there are so many."""
+    deadline = time.monotonic() + WRITTEN_TIMEOUT_S
+    while len(images(node)) < count:
+        assert time.monotonic() < deadline, "the image was not written"
+        time.sleep(0.05)
+    return images(node)
+
+
+def stopped(node: LocalNode) -> LocalNode:
+    """A new node on the directories of one that is ended first, whole."""
+    node.stop()
+    return LocalNode(node.directory, config=node.config)
+
+
+def alter(path: Path, offset: int, count: int) -> None:
+    """Overwrite bytes in place, and put back what times can be put back."""
+    status = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(bytes(count))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_weights_come_back_from_disk_unless_something_changed(
+    tmp_path: Path, start_node: NodeMaker, oracle: Oracle
+) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(REPOSITORY / "prose", repository / "prose")
+    checkpoint = repository / "prose" / "1" / "model.safetensors"
+    time.sleep(SETTLE_S)  # the file system's clock cannot be set
+    expected = oracle.answer("prose", PROMPT, TOKENS)
+
+    node = start_node(repository=repository, load=("prose",))
+    assert ask(node) == expected
+    assert (loads(node, "checkpoint"), loads(node, "cache")) == (1, 0)
+    kept = written(node, 1)
+
+    with stopped(node) as node:  # with nothing in memory; what was ACTIVE is brought back
+        assert ask(node) == expected
+        assert (loads(node, "checkpoint"), loads(node, "cache")) == (0, 1)
+
+    alter(kept[0], 5000, 16)
+    with stopped(node) as node:
+        assert ask(node) == expected
+        assert (loads(node, "checkpoint"), loads(node, "cache")) == (1, 0)
+        assert any("it was removed" in warning for warning in node.client.node().warnings)
+        written(node, 1)
+
+    # Other weights in the same file, of the same size and time: they must be what answers.
+    alter(checkpoint, checkpoint.stat().st_size // 2, ALTERED_BYTES)
+    with stopped(node) as node:
+        assert ask(node) != expected
+        assert (loads(node, "checkpoint"), loads(node, "cache")) == (1, 0)
