@@ -168,6 +168,10 @@ class Reason(StrEnum):
 
     # It was begun, and ended otherwise than meant.
     CANCELLED = ("CANCELLED", Code.CANCELLED, "it was asked to stop; repeat it if that was wrong")
+    IMAGE_CACHE_FAILED = (
+        "IMAGE_CACHE_FAILED", Code.UNAVAILABLE, "see that the disk of the image cache works and "
+        "has space; loads succeed without it",
+    )
     BUILD_CANCELLED = (
         "BUILD_CANCELLED", Code.CANCELLED, "the image build was given up; repeat the load",
     )
