@@ -121,8 +121,12 @@ class VirtualMemory:
         rows: int,
     ) -> None:
         """Copy equal rows that lie at a pitch on either side."""
-        into = _rows(destination, destination_pitch_bytes, row_bytes, rows)
-        np.copyto(into, _rows(source, source_pitch_bytes, row_bytes, rows))
+        # The widest items that fit both sides: numpy copies them faster.
+        width = math.gcd(
+            destination, destination_pitch_bytes, source, source_pitch_bytes, row_bytes, 8
+        )
+        into = _rows(destination, destination_pitch_bytes, row_bytes, rows, width)
+        np.copyto(into, _rows(source, source_pitch_bytes, row_bytes, rows, width))
 
     def _map(self, address: int, size_bytes: int, protection: int, flags: int, what: str) -> int:
         flags |= mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -143,9 +147,10 @@ def view_of(address: int, size_bytes: int) -> memoryview:
     return memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
 
 
-def _rows(address: int, pitch_bytes: int, row_bytes: int, rows: int) -> np.ndarray[Any, Any]:
-    """Rows at a pitch as one array, without a copy. The widest items: numpy copies them faster."""
-    width = math.gcd(address, pitch_bytes, row_bytes, 8)
+def _rows(
+    address: int, pitch_bytes: int, row_bytes: int, rows: int, width: int
+) -> np.ndarray[Any, Any]:
+    """Rows at a pitch as one array of items of `width` bytes, without a copy."""
     span = view_of(address, (rows - 1) * pitch_bytes + row_bytes)
     flat = np.frombuffer(span, dtype=f"u{width}")
     shape, strides = (rows, row_bytes // width), (pitch_bytes, width)

@@ -121,7 +121,8 @@ def ledger_lines(ledger: common_pb2.Ledger) -> list[str]:
     )
     lines.append(
         f"requests:  {ledger.requests_lost} lost, {ledger.requests_finished} finished, "
-        f"{ledger.requests_kept} kept, {ledger.requests_preserved} of them with their KV"
+        f"{ledger.requests_kept} kept"
+        + (f", {ledger.requests_preserved} with their KV" if ledger.requests_preserved else "")
     )
     if ledger.parked_bytes:
         lines.append(f"parked:    {size(ledger.parked_bytes)} in {milliseconds(ledger.park_ms)}")
