@@ -17,7 +17,7 @@ from openai import AsyncOpenAI
 from tests.e2e.conftest import PROMPTS, NodeMaker, Oracle
 from tests.e2e.traffic import openai_client
 
-TOKENS = 160
+TOKENS = 240
 SWAPS = 3
 TOLD_WITHIN_S = 20.0
 
