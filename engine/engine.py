@@ -4,11 +4,13 @@ Owns the requests from submission to their last token, the KV account and the de
 weights it was given. It never owns a thread, a socket or the memory of its weights: the worker
 calls `step` while `has_work`, all from one thread. Invariants: a request is answered with exactly
 one finish unless it is cancelled; what goes wrong with one request ends that one alone; a paused
-engine holds no KV page and no weight, and what it ran goes on afterwards with the same tokens.
+engine holds no weight, its KV can be taken away page by page, and what it ran goes on afterwards
+with the same tokens.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +27,7 @@ from engine.limits import EngineLimits
 from engine.link.tokens import Finish, Output, Sampling
 from engine.models.decoder import Decoder, Gate, OpenGate, Weights
 from engine.models.spec import ModelSpec
+from engine.parking import KvLane, Vacating
 from engine.request import Request
 from engine.sampler import Draw, sample
 from engine.scheduler import Chunk, Scheduler
@@ -43,8 +46,15 @@ class EngineStatistics:
     prompt_tokens_total: int
     """Tokens of prompts whose computation was begun; doing it again does not count."""
     generation_tokens_total: int
+    computed_tokens_total: int
+    """Tokens that went through the model; doing it again does count."""
     preemptions_total: int
     steps_total: int
+    parked: int
+    """Waiting requests whose KV is in host memory."""
+    parked_bytes: int
+    unparked_s: float
+    """Time spent on bringing KV back since it was made."""
 
 
 class Engine:
@@ -90,6 +100,8 @@ class Engine:
         self._arrivals = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self._computed_tokens = 0
+        self._unparked_s = 0.0
         self._steps = 0
         if weights is not None:
             self.resume(weights, gate)
@@ -168,6 +180,7 @@ class Engine:
         if self._decoder is None:
             return outputs
         plan = self._scheduler.schedule()
+        self._unpark()
         for request in plan.exhausted:
             outputs.append(self._end(request, Finish.ERROR, "no KV memory is left to run it"))
         # Chunks of one shape lie side by side, so that they can be computed as one.
@@ -190,11 +203,26 @@ class Engine:
         """Whether it has no weights."""
         return self._decoder is None
 
-    def pause(self) -> None:
-        """Let go of weights and of all KV; running requests wait with the tokens they have."""
-        self._scheduler.preempt_all()
+    def pause(self, *, keep_kv: bool = False) -> None:
+        """Let go of weights and, unless it is to be kept, of all KV; what runs waits with the
+        tokens it has."""
+        if not keep_kv:
+            self._scheduler.preempt_all()
         self._decoder = None
         self._pool.trim()
+
+    def vacate(self, pages: int, lane: KvLane) -> Vacating:
+        """Begin to give up the last `pages` KV pages of a paused engine, by way of `lane`.
+
+        Whoever calls sees to it that `copy` runs, and `release` until it has ended.
+        """
+        assert self.paused, "a step may be computing with these pages"
+        return Vacating(self._scheduler, self._pool, lane, pages)
+
+    def forget_parked(self) -> None:
+        """Give up all KV in host memory."""
+        for request in self._requests.values():
+            request.forget_kv()
 
     def resume(self, weights: Weights, gate: Gate | None = None) -> None:
         """Go on with `weights`, each layer of which is used only once `gate` lets it."""
@@ -202,6 +230,7 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """Figures for the worker's state and metrics."""
+        parked = [one.parked for one in self._scheduler.waiting if one.parked is not None]
         return EngineStatistics(
             running=self.running,
             waiting=self.waiting,
@@ -209,8 +238,12 @@ class Engine:
             kv_bytes=self._pool.pages * self.layout.page_bytes,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
+            computed_tokens_total=self._computed_tokens,
             preemptions_total=self._scheduler.preemptions,
             steps_total=self._steps,
+            parked=len(parked),
+            parked_bytes=sum(one.size_bytes for one in parked),
+            unparked_s=self._unparked_s,
         )
 
     # Inside.
@@ -255,6 +288,7 @@ class Engine:
         for chunk in chunks:
             request = chunk.request
             request.computed = chunk.end
+            self._computed_tokens += chunk.count
             if not request.counted:
                 request.counted = True
                 self._prompt_tokens += request.prompt_tokens
@@ -277,6 +311,14 @@ class Engine:
             self._end(request, finish)
         logprobs = () if draw.logprob is None else (draw.logprob,)
         return Output(request.id, (draw.token,), logprobs, finish)
+
+    def _unpark(self) -> None:
+        """Bring parked KV back for requests that were given blocks."""
+        for request in self._scheduler.running:
+            if request.parked is not None:
+                started = time.monotonic()
+                request.restore_kv()
+                self._unparked_s += time.monotonic() - started
 
     def _end(self, request: Request, finish: Finish, error: str = "") -> Output:
         del self._requests[request.id]

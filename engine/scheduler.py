@@ -3,7 +3,8 @@
 Owns the waiting and the running requests and their blocks. It never imports torch and never draws a
 token. One token budget covers decodes and prompt chunks alike; decodes come first, then prompts
 in order of rank (priority, then arrival). When blocks run out, the newest request of the lowest
-priority goes back to waiting with its tokens and computes them again later.
+priority goes back to waiting with its tokens and computes them again later. A request whose KV is
+parked waits like any other, and has it brought back when it is given blocks.
 
 Invariants: a request is waiting, or running with blocks for all of its tokens, or gone with none;
 a step never exceeds its budget; the waiting request of the best rank is never overtaken, so that
@@ -69,11 +70,27 @@ class Scheduler:
         queue = self.running if request.blocks else self.waiting
         _take_out(queue, request)
         self._free(request)
+        request.forget_kv()
+
+    def set_aside(self, request: Request) -> list[int]:
+        """Send a running request whose KV is parked back to waiting; its blocks are the caller's
+        to give back."""
+        _take_out(self.running, request)
+        blocks, request.blocks = request.blocks, []
+        self.add(request)
+        return blocks
+
+    def preempt(self, request: Request) -> None:
+        """Send a running request back to waiting, with its tokens and without their KV."""
+        _take_out(self.running, request)
+        self._free(request)
+        self.preemptions += 1
+        self.add(request)
 
     def preempt_all(self) -> None:
         """Send every running request back to waiting, with the tokens it has so far."""
         while self.running:
-            self._preempt(self.running[-1])
+            self.preempt(self.running[-1])
 
     def schedule(self) -> StepPlan:
         """Plan the next step. Blocks for it are held when this returns."""
@@ -104,7 +121,7 @@ class Scheduler:
                         self.remove(victim)
                         exhausted.append(victim)
                     else:
-                        self._preempt(victim)
+                        self.preempt(victim)
                     if victim is request:
                         break
                 else:
@@ -145,20 +162,15 @@ class Scheduler:
                 needed + rest - freed
             ):
                 for other in reversed(lower[len(lower) - victims :]):
-                    self._preempt(other)
+                    self.preempt(other)
                 return True
         return False
-
-    def _preempt(self, request: Request) -> None:
-        _take_out(self.running, request)
-        self._free(request)
-        self.preemptions += 1
-        self.add(request)
 
     def _free(self, request: Request) -> None:
         self._pool.give_back(request.blocks)
         request.blocks = []
-        request.computed = 0
+        if request.parked is None:
+            request.computed = 0
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -5,7 +5,7 @@ virtual memory on an accelerator: addresses are reserved once and stay, physical
 once and are mapped now here, now there, contents and all, and copies run in order until
 `synchronize`. Rules every implementation enforces by raising DeviceMisuse and changing nothing:
 a page is mapped at one address at a time, into a reserved range nobody else maps; only mapped
-memory is copied to; nothing is unmapped while a copy into it runs; a range is released empty.
+memory is copied; nothing is unmapped while a copy of it runs; a range is released empty.
 """
 
 from __future__ import annotations
@@ -93,6 +93,19 @@ class DeviceMemory(Protocol):
 
     def copy_in(self, destination: int, source: int, size_bytes: int) -> None:
         """Copy host memory at `source` into mapped device memory; done after `synchronize`."""
+
+    def copy_in_rows(
+        self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
+    ) -> None:
+        """Spread contiguous host memory over rows of mapped device memory, `pitch_bytes` apart."""
+
+    def copy_out_rows(
+        self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
+    ) -> None:
+        """Gather rows of mapped device memory, `pitch_bytes` apart, into contiguous host memory.
+
+        Copies out run beside copies in: a link has both directions.
+        """
 
     def synchronize(self) -> None:
         """Wait until every copy issued by this thread is complete."""

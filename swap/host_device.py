@@ -13,11 +13,14 @@ from __future__ import annotations
 import bisect
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 from swap.device import Clock, DeviceStatistics, SystemClock
 from swap.errors import DeviceMisuse
 from swap.virtual_memory import GIGANTIC_BYTES, HUGE_PAGE_BYTES, VirtualMemory
+
+_IN, _OUT = 0, 1
 
 
 class HostDevice:
@@ -60,7 +63,7 @@ class HostDevice:
         self._copies: list[tuple[int, int]] = []  # running copies, as (start, end)
         self._map_calls = 0
         self._copied_bytes = 0
-        self._link_free_at = 0.0
+        self._link_free_at = [0.0, 0.0]
         self._closed = False
 
     # Addresses.
@@ -145,7 +148,7 @@ class HostDevice:
             if any(place not in self._at for place in places):
                 raise DeviceMisuse(f"not every page of the {count} from {address:#x} on is mapped")
             if any(start < end and address < stop for start, stop in self._copies):
-                raise DeviceMisuse(f"a copy into the {count} pages from {address:#x} on is running")
+                raise DeviceMisuse(f"a copy of the {count} pages from {address:#x} on is running")
             pages = tuple(self._at[place] for place in places)
             for first, run, place in self._runs(address, pages):
                 self._move(place, self._home_of(first), run)
@@ -164,31 +167,56 @@ class HostDevice:
 
     def copy_in(self, destination: int, source: int, size_bytes: int) -> None:
         """Copy now, in this thread; other threads run meanwhile."""
-        if size_bytes <= 0:
-            raise DeviceMisuse(f"cannot copy {size_bytes} bytes")
-        copy = (destination, destination + size_bytes)
+        with self._copying(destination, size_bytes, size_bytes, _IN):
+            self._memory.copy(destination, source, size_bytes)
+
+    def copy_in_rows(
+        self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
+    ) -> None:
+        """Spread rows now, in this thread; other threads run meanwhile."""
+        span = _span(row_bytes, rows, pitch_bytes)
+        with self._copying(destination, span, row_bytes * rows, _IN):
+            self._memory.copy_rows(destination, pitch_bytes, source, row_bytes, row_bytes, rows)
+
+    def copy_out_rows(
+        self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
+    ) -> None:
+        """Gather rows now, in this thread; other threads run meanwhile."""
+        span = _span(row_bytes, rows, pitch_bytes)
+        with self._copying(source, span, row_bytes * rows, _OUT):
+            self._memory.copy_rows(destination, row_bytes, source, pitch_bytes, row_bytes, rows)
+
+    @contextmanager
+    def _copying(
+        self, address: int, span_bytes: int, copied_bytes: int, direction: int
+    ) -> Iterator[None]:
+        """Keep a range of the device from being unmapped, and the link's pace."""
+        if copied_bytes <= 0:
+            raise DeviceMisuse(f"cannot copy {copied_bytes} bytes")
+        copy = (address, address + span_bytes)
         with self._lock:
             self._check_open()
-            first = self._page_start(destination)
+            first = self._page_start(address)
             for place in range(first, copy[1], self.page_bytes):
                 if place not in self._at:
-                    raise DeviceMisuse(f"a copy to {destination:#x} reaches unmapped {place:#x}")
+                    raise DeviceMisuse(f"a copy at {address:#x} reaches unmapped {place:#x}")
             self._copies.append(copy)
             started = self._clock.monotonic()
         try:
-            self._memory.copy(destination, source, size_bytes)
+            yield
             if self.link_bytes_per_s is not None:
-                self._pace(started, size_bytes / self.link_bytes_per_s)
+                self._pace(started, copied_bytes / self.link_bytes_per_s, direction)
         finally:
             with self._lock:
                 self._copies.remove(copy)
-                self._copied_bytes += size_bytes
+                self._copied_bytes += copied_bytes
 
-    def _pace(self, started: float, seconds: float) -> None:
+    def _pace(self, started: float, seconds: float, direction: int) -> None:
         with self._lock:
-            # Copies queue for the link one after the other, whichever thread issued them.
-            self._link_free_at = max(self._link_free_at, started) + seconds
-            wait = self._link_free_at - self._clock.monotonic()
+            # Copies of one direction queue for the link, whichever thread issued them.
+            free_at = self._link_free_at
+            free_at[direction] = max(free_at[direction], started) + seconds
+            wait = free_at[direction] - self._clock.monotonic()
         if wait > 0:
             self._clock.sleep(wait)
 
@@ -271,3 +299,12 @@ class HostDevice:
     @staticmethod
     def _alignment(size_bytes: int) -> int:
         return GIGANTIC_BYTES if size_bytes >= GIGANTIC_BYTES else HUGE_PAGE_BYTES
+
+
+def _span(row_bytes: int, rows: int, pitch_bytes: int) -> int:
+    """Bytes from the first row's start to the last one's end."""
+    if row_bytes <= 0 or rows <= 0 or pitch_bytes < row_bytes:
+        raise DeviceMisuse(
+            f"cannot copy {rows} rows of {row_bytes} bytes that are {pitch_bytes} bytes apart"
+        )
+    return (rows - 1) * pitch_bytes + row_bytes

@@ -77,14 +77,22 @@ class LayerGate:
 class Transfer:
     """One image on its way to a region whose mapped pages hold its weights.
 
-    Raises DeviceMisuse when they do not, or when the source is smaller than the image.
+    With `growing` pages may be mapped later: it waits for them, and is told of each by `backed`.
+    Raises DeviceMisuse when the region is too small, or the source smaller than the image.
     """
 
     def __init__(
-        self, device: DeviceMemory, manifest: Manifest, source: Mapping, region: Region
+        self,
+        device: DeviceMemory,
+        manifest: Manifest,
+        source: Mapping,
+        region: Region,
+        *,
+        growing: bool = False,
     ) -> None:
         needed = manifest.weights_bytes
-        if region.mapped_bytes < needed or source.size_bytes < needed:
+        room = region.pages_max * device.page_bytes if growing else region.mapped_bytes
+        if room < needed or source.size_bytes < needed:
             raise DeviceMisuse(
                 f"image {manifest.digest[:12]} has {needed} bytes of weights; its region has "
                 f"{region.mapped_bytes} bytes mapped and its source {source.size_bytes}"
@@ -98,6 +106,8 @@ class Transfer:
         self._source = source.address
         self._destination = region.address
         self._bytes_done = 0
+        self._backed_bytes = region.mapped_bytes
+        self._changed = threading.Condition()
         self._cancelled = threading.Event()
         self._error: SwapError | None = None
         name = f"transfer {manifest.digest[:12]}"
@@ -112,13 +122,21 @@ class Transfer:
         """Whether every layer has landed."""
         return self.gate.landed_layers == len(self._manifest.layers)
 
+    def backed(self, size_bytes: int) -> None:
+        """The region's first `size_bytes` are mapped by now."""
+        with self._changed:
+            self._backed_bytes = size_bytes
+            self._changed.notify()
+
     def start(self) -> None:
         """Begin copying in the background. Once only."""
         self._thread.start()
 
     def cancel(self) -> None:
         """Stop after the copy call under way; no effect on a transfer that has ended."""
-        self._cancelled.set()
+        with self._changed:
+            self._cancelled.set()
+            self._changed.notify()
 
     def join(self) -> None:
         """Wait for the end. Raises TransferFailed or TransferCancelled.
@@ -133,8 +151,8 @@ class Transfer:
         started = time.monotonic()
         try:
             ends = [span.offset_bytes + span.bytes for span in self._manifest.layers]
-            for start in range(0, self.bytes_total, COPY_BYTES_MAX):
-                self._copy(start, min(COPY_BYTES_MAX, self.bytes_total - start))
+            while self._bytes_done < self.bytes_total:
+                self._copy(self._bytes_done, min(COPY_BYTES_MAX, self._wait_for_pages()))
                 landed = bisect.bisect_right(ends, self._bytes_done)
                 self.gate.land(landed - self.gate.landed_layers)
         except TransferCancelled as error:
@@ -149,6 +167,14 @@ class Transfer:
             self._end(failure)
         finally:
             self.seconds = time.monotonic() - started
+
+    def _wait_for_pages(self) -> int:
+        """Bytes that can be copied now: none only when it is cancelled."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._backed_bytes > self._bytes_done or self._cancelled.is_set()
+            )
+            return min(self._backed_bytes, self.bytes_total) - self._bytes_done
 
     def _copy(self, start: int, count: int) -> None:
         if self._cancelled.is_set():

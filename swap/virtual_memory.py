@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import mmap
 import os
+from typing import Any
+
+import numpy as np
 
 from swap.errors import DeviceError
 
@@ -111,6 +115,23 @@ class VirtualMemory:
         """Plain memmove between addresses."""
         ctypes.memmove(destination, source, size_bytes)
 
+    def copy_rows(
+        self,
+        destination: int,
+        destination_pitch_bytes: int,
+        source: int,
+        source_pitch_bytes: int,
+        row_bytes: int,
+        rows: int,
+    ) -> None:
+        """Copy equal rows that lie at a pitch on either side."""
+        # The widest items that fit both sides: numpy copies them faster.
+        width = math.gcd(
+            destination, destination_pitch_bytes, source, source_pitch_bytes, row_bytes, 8
+        )
+        into = _rows(destination, destination_pitch_bytes, row_bytes, rows, width)
+        np.copyto(into, _rows(source, source_pitch_bytes, row_bytes, rows, width))
+
     def _map(self, address: int, size_bytes: int, protection: int, flags: int, what: str) -> int:
         flags |= mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         mapped = self._mmap(address, size_bytes, protection, flags, -1, 0)
@@ -128,3 +149,13 @@ class VirtualMemory:
 def view_of(address: int, size_bytes: int) -> memoryview:
     """Bytes at an address, without a copy. The caller keeps the memory mapped meanwhile."""
     return memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")
+
+
+def _rows(
+    address: int, pitch_bytes: int, row_bytes: int, rows: int, width: int
+) -> np.ndarray[Any, Any]:
+    """Rows at a pitch as one array of items of `width` bytes, without a copy."""
+    span = view_of(address, (rows - 1) * pitch_bytes + row_bytes)
+    flat = np.frombuffer(span, dtype=f"u{width}")
+    shape, strides = (rows, row_bytes // width), (pitch_bytes, width)
+    return np.lib.stride_tricks.as_strided(flat, shape, strides)

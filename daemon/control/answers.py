@@ -68,6 +68,10 @@ def ledger(told: Ledger | None) -> common_pb2.Ledger | None:
         requests_finished=told.requests_finished,
         requests_kept=told.requests_kept,
         requests_lost=told.requests_lost,
+        requests_preserved=told.requests_preserved,
+        parked_bytes=told.parked_bytes,
+        park_ms=told.park_ms,
+        unpark_ms=told.unpark_ms,
     )
 
 

@@ -56,6 +56,7 @@ def commands(
             *("--page-bytes", str(worker.page_bytes)),
             *("--threads", str(threads)),
             *("--step-tokens", str(worker.step_tokens)),
+            *("--parking-bytes", str(worker.parking_bytes)),
             *throttle,
         ]
 

@@ -91,6 +91,7 @@ class Worker(Section):
 
     `threads` 0 shares the host's cores among the workers. `memory_bytes` is what a simulated
     partition has; a real one has what its GPU says. `link_bytes_per_s` 0 does not throttle copies.
+    `parking_bytes` is host memory for the KV of paused requests, taken as it is needed.
     """
 
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -102,12 +103,14 @@ class Worker(Section):
     context_tokens_max: Annotated[int, Field(ge=16, le=1 << 24)] = 8192
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     link_bytes_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    parking_bytes: Bytes = 1 << 30
 
 
 class Scheduling(Section):
     """Who is ACTIVE when. `max_active_models` is per partition; 0 is as many as fit.
 
-    `in_flight` and `drain_timeout_s` are what swaps do where the caller does not say.
+    `in_flight` and `drain_timeout_s` are what swaps do where the caller does not say. A short drain
+    is enough: what it does not finish is preserved.
     """
 
     max_active_models: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -115,7 +118,7 @@ class Scheduling(Section):
     min_residency_s: Seconds = 1.0
     hold_timeout_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] = 60.0
     in_flight: Annotated[InFlight, Field(strict=False)] = InFlight.DRAIN
-    drain_timeout_s: Seconds = 10.0
+    drain_timeout_s: Seconds = 1.0
 
 
 class Gateway(Section):

@@ -80,6 +80,7 @@ class Metrics:
         self._bytes.inc(ledger.copied_bytes)
         self._requests.labels("finished").inc(ledger.requests_finished)
         self._requests.labels("kept").inc(ledger.requests_kept)
+        self._requests.labels("preserved").inc(ledger.requests_preserved)
 
     def first_token(self, ledger: Ledger) -> None:
         """Observe when the incoming model's first token came, if it has; once for each exchange."""
@@ -180,6 +181,9 @@ class Reports(Collector):
             for name, text in (
                 ("running", "Requests being computed."),
                 ("waiting", "Requests that wait inside the engine."),
+                ("paused", "Waiting requests whose KV stayed on the device."),
+                ("parked", "Waiting requests whose KV is in host memory."),
+                ("parked_bytes", "KV of requests in host memory."),
                 ("kv_used_bytes", "KV in use by requests and cached prefixes."),
                 ("kv_bytes", "KV pages mapped."),
                 ("weights_bytes", "Weights on the device."),
@@ -190,6 +194,7 @@ class Reports(Collector):
             for name, text in (
                 ("prompt_tokens", "Prompt tokens computed."),
                 ("generation_tokens", "Tokens generated."),
+                ("computed_tokens", "Tokens put through the model, again counted again."),
                 ("preemptions", "Requests put back to make room for others."),
             )
         }

@@ -32,6 +32,7 @@ class InFlightChoice(StrEnum):
     """What to do with running requests."""
 
     DRAIN = "drain"
+    PRESERVE = "preserve"
     RECOMPUTE = "recompute"
     ABORT = "abort"
 
@@ -48,7 +49,8 @@ InFlightOption = Annotated[
     InFlightChoice | None,
     typer.Option(
         "--in-flight",
-        help="Finish running requests, compute them again later, or end them. "
+        help="Finish running requests for the drain timeout and preserve the rest, preserve them "
+        "all with their KV, compute them again later, or end them. "
         "By default as the daemon is configured.",
     ),
 ]

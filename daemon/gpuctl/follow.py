@@ -122,5 +122,10 @@ def ledger_lines(ledger: common_pb2.Ledger) -> list[str]:
     lines.append(
         f"requests:  {ledger.requests_lost} lost, {ledger.requests_finished} finished, "
         f"{ledger.requests_kept} kept"
+        + (f", {ledger.requests_preserved} with their KV" if ledger.requests_preserved else "")
     )
+    if ledger.parked_bytes:
+        lines.append(f"parked:    {size(ledger.parked_bytes)} in {milliseconds(ledger.park_ms)}")
+    if ledger.unpark_ms:
+        lines.append(f"unparked:  in {milliseconds(ledger.unpark_ms)}")
     return lines

@@ -148,10 +148,11 @@ def swap_sentence(done: Operation, outgoing: str, incoming: str) -> str:
     response = model_pb2.SwapModelResponse()
     done.response.Unpack(response)
     ledger = response.ledger
+    kept = f", {ledger.requests_preserved} with their KV" if ledger.requests_preserved else ""
     return (
         f"swapped {outgoing} -> {incoming} on {response.partition} "
         f"in {milliseconds(ledger.total_ms)}: {ledger.requests_lost} requests lost, "
-        f"{ledger.requests_finished} finished, {ledger.requests_kept} kept"
+        f"{ledger.requests_finished} finished, {ledger.requests_kept} kept{kept}"
     )
 
 

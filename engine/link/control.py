@@ -19,7 +19,8 @@ PROTOCOL = 1
 class InFlight(StrEnum):
     """What an exchange does with the outgoing model's running requests."""
 
-    DRAIN = "drain"  # finish them; what still runs at drain_timeout_s is treated as RECOMPUTE
+    DRAIN = "drain"  # finish them; what still runs at drain_timeout_s is treated as PRESERVE
+    PRESERVE = "preserve"  # pause now, keep their KV, go on with it when the model is back
     RECOMPUTE = "recompute"  # pause now, drop their KV, prefill again when the model is back
     ABORT = "abort"  # end them with an error
 
@@ -62,6 +63,10 @@ class Ledger(msgspec.Struct, frozen=True):
 
     drain_ms: float = 0.0
     evict_ms: float = 0.0
+    park_ms: float = 0.0
+    """Copying KV out to make room, beside the copy of the weights."""
+    unpark_ms: float = 0.0
+    """Copying the incoming model's parked KV back."""
     copy_ms: float = 0.0
     verify_ms: float = 0.0
     total_ms: float = 0.0
@@ -75,6 +80,10 @@ class Ledger(msgspec.Struct, frozen=True):
     """Running requests of the outgoing model that were finished while draining."""
     requests_kept: int = 0
     """Requests of the outgoing model that wait here for its return."""
+    requests_preserved: int = 0
+    """Of the kept ones, those with their KV kept too; the others compute theirs again."""
+    parked_bytes: int = 0
+    """KV that was copied out to make room."""
     requests_lost: int = 0
 
 
@@ -90,8 +99,16 @@ class EngineState(msgspec.Struct, frozen=True):
     """KV pages mapped now."""
     running: int = 0
     waiting: int = 0
+    """All that wait, those with their KV kept included."""
+    paused: int = 0
+    """Of those that wait, the ones whose KV stayed on the device."""
+    parked: int = 0
+    """Of those that wait, the ones whose KV is in host memory."""
+    parked_bytes: int = 0
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
+    computed_tokens_total: int = 0
+    """Tokens that went through the model, those that were computed again counted again."""
     preemptions_total: int = 0
     reason: str = ""
     """Why the status is FAILED."""

@@ -186,6 +186,8 @@ class Calls:
         async with self._measuring:
             if self._order is not None:
                 raise OperationInProgress("an exchange is under way; measure the link afterwards")
+            if not self._pool.free_pages:
+                await self._ask(lambda: self._residency.reclaim(1))
             rate = await asyncio.get_running_loop().run_in_executor(
                 self._background, measure_link, self._pool, copy_bytes
             )

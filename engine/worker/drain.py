@@ -1,8 +1,9 @@
 """Ending or setting aside what a model runs, by policy.
 
-Owns the three policies and nothing of an exchange. It never waits itself: it is a generator that
+Owns the four policies and nothing of an exchange. It never waits itself: it is a generator that
 yields the time of its next look, and the step loop goes on stepping meanwhile. Invariant: when it
-is done nothing of the model runs, and every request of it was finished, answered, or is kept.
+is done nothing of the model runs, and every request of it was finished, answered, or is kept:
+with its KV, unless the policy drops that.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ def drain(
     counts: DrainCounts,
 ) -> Waits:
     """Bring ACTIVE residents to STAGED. Requests that wait are kept only if tokens were sent."""
+    keep_kv = in_flight in (InFlight.DRAIN, InFlight.PRESERVE)
     active = [one for one in residents if one.status is EngineStatus.ACTIVE]
     for resident in active:
         resident.move(EngineStatus.DRAINING)
-        _requeue_unstarted(resident, desk, everything=in_flight is not InFlight.DRAIN)
+        _requeue_unstarted(resident, desk, everything=not keep_kv)
         if in_flight is InFlight.ABORT:
             for number in desk.of_model(resident.model):
                 resident.cancel(number)
@@ -52,8 +54,8 @@ def drain(
         counts.finished = begun - sum(len(desk.of_model(one.model)) for one in active)
     for resident in active:
         if resident.status is EngineStatus.DRAINING:  # and did not fail meanwhile
-            _requeue_unstarted(resident, desk, everything=True)
-            resident.pause()
+            _requeue_unstarted(resident, desk, everything=not keep_kv)
+            resident.pause(keep_kv=keep_kv)
             resident.move(EngineStatus.STAGED)
             counts.kept += len(desk.of_model(resident.model))
     desk.flush()
@@ -62,7 +64,7 @@ def drain(
 def _requeue_unstarted(resident: Resident, desk: Desk, *, everything: bool) -> None:
     """Hand requests back of which no token was sent; with `everything` those in a batch as well.
 
-    They lose nothing by it, and can run wherever the model comes up first.
+    They can run wherever the model comes up first, and lose nothing but what a batch computed.
     """
     running = frozenset() if everything else resident.engine.running_requests
     for number in desk.of_model(resident.model):

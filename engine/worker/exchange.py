@@ -16,6 +16,7 @@ from engine.worker.copying import Copy, Waits
 from engine.worker.desk import Desk
 from engine.worker.drain import drain
 from engine.worker.errors import message_of
+from engine.worker.evacuation import Evacuation
 from engine.worker.failpoints import FailPoint, FailPoints
 from engine.worker.ledger import Journal
 from engine.worker.order import Order
@@ -54,6 +55,10 @@ class Exchange:
         self._outgoing: list[tuple[Resident, EngineStatus]] = []
         self._copy: Copy | None = None
         self._mapped = False
+        self._evacuation: Evacuation | None = None
+        self._owing: list[Resident] = []
+        """Outgoing models whose pages a rollback would have to find again."""
+        self._steps_before = 0
         self.damaged = False
         """Set when a step of the incoming engine failed by itself."""
 
@@ -88,14 +93,20 @@ class Exchange:
         outgoing = self._residency.check(self._request)
         self._failpoints.reach(FailPoint.PLANNED, self.order.hang)
         if self._request.incoming is not None:
-            self.incoming = self._residency.expect(self._request.incoming)
+            self.incoming = incoming = self._residency.expect(self._request.incoming)
+            before = incoming.engine.statistics()
+            self._steps_before = before.steps_total
+            self.journal.unparked_s = lambda: (
+                incoming.engine.statistics().unparked_s - before.unparked_s
+            )
         self._outgoing = [(one, one.status) for one in outgoing]
         for resident in self._involved():
             resident.claimed = True
 
     def _involved(self) -> list[Resident]:
         incoming = [self.incoming] if self.incoming is not None else []
-        return [*incoming, *(one for one, _ in self._outgoing)]
+        vacated = self._evacuation.residents if self._evacuation is not None else []
+        return [*incoming, *(one for one, _ in self._outgoing), *vacated]
 
     def _forward(self) -> Waits:
         self.order.enter(Stage.DRAINING)
@@ -130,19 +141,51 @@ class Exchange:
 
     def _evict(self) -> None:
         """Pass the pages on in one turn of the loop, so that no engine's KV takes them between."""
-        owed = sum(one.pages_min for one, _ in self._outgoing if one.pages)
+        keep_kv = not self._request.discard
+        self._owing = [one for one, _ in self._outgoing if one.status is EngineStatus.STAGED]
         for resident, _ in self._outgoing:
-            self.journal.evicted_bytes += resident.evict()
-        before = self._residency.pool.free_pages
-        if self.incoming is not None and self.incoming.status is EngineStatus.STANDBY:
-            self._mapped = True
-            self.incoming.map()
-        self._residency.hold_back(owed - (before - self._residency.pool.free_pages))
+            self.journal.evicted_bytes += resident.evict(keep_kv=keep_kv)
+        incoming = self.incoming
+        if incoming is None or incoming.status is not EngineStatus.STANDBY:
+            self._hold_back(0)
+            return
+        self._mapped = True
+        missing = incoming.pages_missing - self._residency.pool.free_pages
+        if missing > 0:
+            leaving = [one for one, _ in self._outgoing]
+            begun = self._residency.vacate(missing, incoming, leaving)
+            self._evacuation = Evacuation(begun, self._wake)
+            for resident in self._evacuation.residents:
+                resident.claimed = True
+        self._hand_over(incoming)
+
+    def _hand_over(self, incoming: Resident) -> bool:
+        """Give the incoming model the pages that are free by now; whether nothing is to come."""
+        evacuation = self._evacuation
+        ended = evacuation is None or evacuation.release()
+        self._residency.hold_back(0)
+        complete = incoming.map_more()
+        if complete and (evacuation is None or ended or incoming not in evacuation.residents):
+            incoming.allow_steps()
+        self._hold_back(incoming.pages)
+        return ended
+
+    def _hold_back(self, taken: int) -> None:
+        """Keep the pages that a rollback would need besides those it takes from the incoming
+        model, whose KV gives way too."""
+        self._residency.hold_back(0)
+        owed = sum(one.pages_missing for one in self._owing)
+        self._residency.hold_back(min(owed - taken, self._residency.pool.free_pages))
 
     def _bring_in(self, incoming: Resident) -> Waits:
         self.order.enter(Stage.COPYING)
         self._copy = Copy(incoming, self.order, self._wake)
         self._reach(FailPoint.COPYING)
+        if self._evacuation is not None:
+            while not self._hand_over(incoming):
+                yield None
+            self._note_parked(self._evacuation)
+            assert not incoming.pages_missing, "the plan found pages that are not there"
         yield from self._copy.wait()
         self.journal.copied(incoming.weights_bytes, self._copy.seconds)
         self._reach(FailPoint.COPIED)
@@ -150,6 +193,9 @@ class Exchange:
         with self.journal.phase("verify_ms"):
             verify_weights(incoming.image, incoming.address, self._request.operation)
         incoming.move(EngineStatus.STAGED)
+
+    def _note_parked(self, evacuation: Evacuation) -> None:
+        self.journal.parked(evacuation.parked_bytes, evacuation.seconds)
 
     def _commit(self) -> None:
         if self.incoming is not None:
@@ -161,6 +207,8 @@ class Exchange:
             for resident, _ in self._outgoing:
                 self.journal.counts.kept = 0
                 self.journal.counts.lost += self._residency.discard(resident)
+        else:
+            self.journal.preserved = sum(one.preserved for one, _ in self._outgoing)
         self.order.enter(Stage.COMMITTED)
 
     # Back.
@@ -170,18 +218,24 @@ class Exchange:
         self.order.enter(Stage.ROLLING_BACK)
         if self._copy is not None:
             yield from self._copy.stop()
+        if self._evacuation is not None:
+            yield from self._evacuation.wait()
+            self._note_parked(self._evacuation)
         if self.incoming is not None:
             self._residency.turn_away(
                 self.incoming,
                 error,
                 evict=self._mapped,
+                keep_kv=self.incoming.engine.statistics().steps_total == self._steps_before,
                 damaged=self.damaged or isinstance(error, CorruptWeights),
             )
         self._residency.hold_back(0)
-        evicted = [one for one, _ in self._outgoing if one.status is EngineStatus.STANDBY]
-        for resident in evicted:
-            resident.map()
-        for resident, before in self._outgoing:
+        leaving = [pair for pair in self._outgoing if pair[1] is not EngineStatus.STANDBY]
+        for resident, _ in leaving:
+            if resident.status is EngineStatus.STANDBY:
+                self._residency.make_room(resident)
+                resident.map()
+        for resident, before in leaving:
             yield from self._restore(resident, before)
 
     def _restore(self, resident: Resident, before: EngineStatus) -> Waits:

@@ -8,6 +8,8 @@ region has as many pages mapped as the engine uses, or the floor, whichever is m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from swap.arena import Region
@@ -16,13 +18,17 @@ from swap.virtual_memory import view_of
 
 
 class FlooredKvSpace:
-    """A KV space (see `engine.kv_space.KvSpace`) over a region, with pages set aside."""
+    """A KV space (see `engine.kv_space.KvSpace`) over a region, with pages set aside.
 
-    def __init__(self, region: Region) -> None:
+    `reclaim(pages)` is called when free pages do not suffice; it frees as many as it can.
+    """
+
+    def __init__(self, region: Region, reclaim: Callable[[int], None] | None = None) -> None:
         self.pages = 0
         """Pages the engine uses: the first ones."""
         self._region = region
         self._floor = 0
+        self._reclaim = reclaim
 
     @property
     def page_bytes(self) -> int:
@@ -37,6 +43,11 @@ class FlooredKvSpace:
         """Pages mapped now, those set aside included."""
         return self._region.mapped_pages
 
+    @property
+    def beyond_floor(self) -> int:
+        """Pages mapped now that were not promised."""
+        return self.mapped - min(self._floor, self.mapped)
+
     def set_floor(self, pages: int) -> None:
         """Have this many pages at least. Raises InsufficientDeviceMemory, changing nothing."""
         self._region.grow(max(0, pages - self.mapped))
@@ -46,6 +57,9 @@ class FlooredKvSpace:
     def grow(self, count: int) -> int:
         """Use up to `count` more pages; fewer when others have taken them meanwhile."""
         wanted = min(self.pages + count, self.pages_max)
+        short = wanted - self.mapped - self._region.pool.free_pages
+        if short > 0 and self._reclaim is not None:
+            self._reclaim(short)
         while wanted > self.mapped:
             free = self._region.pool.free_pages
             wanted = min(wanted, self.mapped + free)

@@ -22,6 +22,10 @@ class Journal:
         self.counts = DrainCounts()
         self.evicted_bytes = 0
         self.copied_bytes = 0
+        self.preserved = 0
+        self.unparked_s: Callable[[], float] = lambda: 0.0
+        """Time the incoming model has spent so far on bringing its KV back."""
+        self._parked_bytes = 0
         self._link_bytes_per_s = link_bytes_per_s
         self._order = order
         self._clock = clock
@@ -43,6 +47,11 @@ class Journal:
         """Note the copy by its own time: steps that were taken behind it are not its."""
         self._phases_ms["copy_ms"] = seconds * 1000
         self.copied_bytes = size_bytes
+
+    def parked(self, size_bytes: int, seconds: float) -> None:
+        """Note KV copied out to make room, by its own time."""
+        self._phases_ms["park_ms"] = seconds * 1000
+        self._parked_bytes = size_bytes
 
     def sent(self, outputs: Iterable[Output]) -> bool:
         """Note outputs of the incoming model as they are sent; whether the first token was one."""
@@ -71,11 +80,14 @@ class Journal:
                 **self._phases_ms,
                 total_ms=(self._ended - self._order.arrived) * 1000,
                 first_token_ms=self._first_token_ms,
+                unpark_ms=self.unparked_s() * 1000,
                 copied_bytes=self.copied_bytes,
                 evicted_bytes=self.evicted_bytes,
                 link_bytes_per_s=self._link_bytes_per_s,
                 requests_finished=self.counts.finished,
                 requests_kept=self.counts.kept,
+                requests_preserved=self.preserved,
+                parked_bytes=self._parked_bytes,
                 requests_lost=self.counts.lost,
             ),
         )

@@ -17,6 +17,7 @@ from engine.worker.failpoints import FailPoint, Trigger, parse_failpoints
 
 HOST_PAGE_BYTES = 2 << 20
 STEP_TOKENS = 512
+PARKING_BYTES = 1 << 30
 SOCKET_PATH_BYTES_MAX = 107
 """What the kernel's address of a Unix socket holds."""
 
@@ -35,6 +36,8 @@ class Options:
     """Throttle of the link; None: as fast as it goes."""
     step_tokens: int = STEP_TOKENS
     """Tokens of prompts and decodes that one engine step computes at most."""
+    parking_bytes: int = PARKING_BYTES
+    """Host memory that KV of paused requests is parked in at most; 0 has it computed again."""
     stage_timeout_s: float = 30.0
     """Longest that one stage of an exchange may take, draining apart."""
     failpoints: Mapping[FailPoint, Trigger] = field(default_factory=dict)
@@ -64,6 +67,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--link-bytes-per-s", type=float)
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
+    parser.add_argument("--parking-bytes", type=int, default=PARKING_BYTES)
     parser.add_argument("--stage-timeout-s", type=float, default=30.0)
     parser.add_argument("--failpoints", type=parse_failpoints, default={}, help=argparse.SUPPRESS)
     values = vars(parser.parse_args(arguments))
@@ -88,6 +92,7 @@ def _check(options: Options) -> None:
         ("memory-bytes", options.memory_bytes, options.page_bytes),
         ("threads", options.threads, 1),
         ("step-tokens", options.step_tokens, 1),
+        ("parking-bytes", options.parking_bytes, 0),
         ("stage-timeout-s", options.stage_timeout_s, 0.001),
     )
     for name, value, minimum in ranges:

@@ -75,7 +75,7 @@ class _Worker:
             send=lambda link, step: self._later(self.tokens.send, link, step),
             drop=lambda link: self._later(self.tokens.drop, link),
         )
-        self.residency = Residency(pool, desk, options.step_tokens)
+        self.residency = Residency(pool, desk, options.step_tokens, options.parking_bytes)
         self.residency.link_bytes_per_s = options.link_bytes_per_s or measure_link(
             pool, min(MEASURE_BYTES, options.memory_bytes)
         )

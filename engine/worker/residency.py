@@ -8,9 +8,11 @@ image is attached; a model that FAILED has nothing on the device; pages held bac
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from engine.link.control import EngineSpec, EngineStatus, Exchange
 from engine.link.tokens import Finish, Submit
+from engine.parking import Vacating
 from engine.worker.desk import Desk
 from engine.worker.errors import (
     ImageInUse,
@@ -23,6 +25,7 @@ from engine.worker.errors import (
 from engine.worker.images import Image
 from engine.worker.resident import Resident, kv_pages_min
 from swap.arena import PagePool
+from swap.parking import ParkingArea
 from swap.plan import IncomingModel, Partition, ResidentModel, plan_swap
 
 log = logging.getLogger(__name__)
@@ -33,8 +36,11 @@ HELD_BACK = "held back for a rollback"
 class Residency:
     """Images and residents of one worker. On the step thread only."""
 
-    def __init__(self, pool: PagePool, desk: Desk, step_tokens: int) -> None:
+    def __init__(
+        self, pool: PagePool, desk: Desk, step_tokens: int, parking_bytes: int = 0
+    ) -> None:
         self.pool = pool
+        self.area = ParkingArea(parking_bytes)
         self.images: dict[str, Image] = {}
         self.residents: dict[str, Resident] = {}
         self.closing = False
@@ -100,7 +106,8 @@ class Residency:
         """
         users = [one for one in self.residents.values() if one.image.digest == digest]
         for resident in users:
-            if resident.pages or resident.expected:
+            on_device = resident.status not in (EngineStatus.STANDBY, EngineStatus.FAILED)
+            if on_device or resident.expected or resident.claimed:
                 raise ImageInUse(
                     f"image {digest[:12]} is in use by {resident.model}, which is "
                     f"{resident.status}: take it off the device first",
@@ -132,7 +139,7 @@ class Residency:
                 raise InvalidState(f"{request.incoming.model} cannot replace itself")
             image = self._image(request.incoming)
             # What is STAGED has its pages already.
-            if present is None or not present.pages:
+            if present is None or present.status in (EngineStatus.STANDBY, EngineStatus.FAILED):
                 pages = kv_pages_min(request.incoming, image.manifest, self.pool.page_bytes)
                 incoming = IncomingModel(
                     model=request.incoming.model,
@@ -143,13 +150,13 @@ class Residency:
             Partition(
                 page_bytes=self.pool.page_bytes,
                 pages_total=self.pool.total_pages,
-                pages_free=self.pool.free_pages,
+                pages_free=self.pool.free_pages + self._spare_pages(outgoing),
                 link_bytes_per_s=max(self.link_bytes_per_s, 1.0),
             ),
             tuple(
                 ResidentModel(one.model, one.weights_bytes, one.pages)
                 for one in self.residents.values()
-                if one.pages or one in outgoing
+                if one in outgoing or one.pages > one.pages_spare
             ),
             outgoing=tuple(one.model for one in outgoing),
             incoming=incoming,
@@ -165,10 +172,61 @@ class Residency:
             self.discard(resident)
             resident = None
         if resident is None:
-            resident = Resident(spec, self._image(spec), self.pool, self._step_tokens)
+            resident = Resident(
+                spec, self._image(spec), self.pool, self._step_tokens, self.area, self.reclaim
+            )
             self.residents[spec.model] = resident
         resident.expected = True
         return resident
+
+    # Pages of paused engines.
+
+    def vacate(
+        self, pages: int, incoming: Resident, outgoing: Sequence[Resident]
+    ) -> list[tuple[Resident, Vacating]]:
+        """Begin to free `pages` KV pages of paused engines for `incoming`: of those whose turn is
+        over, then of those that leave, and its own beyond what it needs itself."""
+        others = [one for one in self._paused() if one is not incoming and one not in outgoing]
+        begun = []
+        for resident in (*others, *outgoing, incoming):
+            spare = resident.pages_spare
+            if resident is incoming:
+                spare -= resident.kv_pages_min
+            if pages > 0 and spare > 0:
+                begun.append((resident, resident.vacate(min(pages, spare))))
+                pages -= spare
+        return begun
+
+    def reclaim(self, pages: int) -> None:
+        """Free up to `pages` KV pages of paused engines at once, for one that serves.
+
+        What a call works on is left alone: its pages are part of that call's account.
+        """
+        for resident in self._paused():
+            count = min(pages, resident.pages_spare)
+            if count > 0 and not resident.claimed:
+                vacating = resident.vacate(count)
+                vacating.copy(lambda: None)
+                vacating.release()
+                pages -= count
+
+    def make_room(self, resident: Resident) -> None:
+        """Free what paused engines keep of the pages that a model on its way back needs."""
+        missing = resident.pages_missing - self.pool.free_pages
+        for other in self._paused():
+            count = min(missing, other.pages_spare)
+            if count > 0 and other is not resident:
+                vacating = other.vacate(count)
+                vacating.copy(lambda: None)
+                vacating.release()
+                missing = resident.pages_missing - self.pool.free_pages
+
+    def _paused(self) -> list[Resident]:
+        return [one for one in self.residents.values() if one.pages_spare]
+
+    def _spare_pages(self, outgoing: Sequence[Resident]) -> int:
+        """Pages that are as good as free, besides those of models that leave."""
+        return sum(one.pages_spare for one in self._paused() if one not in outgoing)
 
     def hold_back(self, pages: int) -> None:
         """Keep pages out of everybody's reach: as many as given, 0 for none."""
@@ -177,17 +235,18 @@ class Residency:
         self._held_back = self.pool.take(HELD_BACK, max(pages, 0))
 
     def turn_away(
-        self, resident: Resident, error: Exception, *, evict: bool, damaged: bool
+        self, resident: Resident, error: Exception, *, evict: bool, keep_kv: bool, damaged: bool
     ) -> None:
         """Undo `expect`: what had no token sent is handed back, what had is kept for later.
 
-        With `evict` its pages are given back. With `damaged` nothing of it is kept: its tokens may
-        have been drawn from wrong weights. Nothing may be copying into its pages.
+        With `evict` its pages are given back, but for KV that is to be kept: what was computed
+        behind a copy that nobody verified is not. With `damaged` nothing of it is kept: its tokens
+        may have been drawn from wrong weights. Nothing may be copying into its pages.
         """
         resident.expected = False
         self.answer(resident, Finish.REQUEUE, message_of(error), parked=damaged)
         if evict:
-            resident.evict()
+            resident.evict(keep_kv=keep_kv)
         if damaged or not resident.served:
             self.discard(resident)
 

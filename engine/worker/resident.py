@@ -9,6 +9,7 @@ there or landing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -18,12 +19,14 @@ from engine.limits import EngineLimits
 from engine.link.control import EngineSpec, EngineState, EngineStatus
 from engine.link.tokens import Output, Submit
 from engine.models.spec import ModelSpec
+from engine.parking import KvLane, Vacating
 from engine.worker.errors import OptionInvalid
 from engine.worker.images import Image
 from engine.worker.kv import FlooredKvSpace
 from engine.worker.status import advance
 from swap.arena import PagePool, Region
 from swap.image import Manifest
+from swap.parking import ParkingArea
 from swap.transfer import Transfer
 from swap.virtual_memory import view_of
 
@@ -31,10 +34,19 @@ from swap.virtual_memory import view_of
 class Resident:
     """A model that has, or had, or is about to have its weights on the device.
 
-    Raises what the engine refuses the image or the limits with; holds nothing then.
+    `area` is where KV can be parked, `reclaim` what frees pages when its KV wants to grow. Raises
+    what the engine refuses the image or the limits with; holds nothing then.
     """
 
-    def __init__(self, spec: EngineSpec, image: Image, pool: PagePool, step_tokens: int) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        image: Image,
+        pool: PagePool,
+        step_tokens: int,
+        area: ParkingArea,
+        reclaim: Callable[[int], None] | None = None,
+    ) -> None:
         self.spec = spec
         self.image = image
         self.status = EngineStatus.STANDBY
@@ -56,14 +68,17 @@ class Resident:
         self._weights = Region(pool, f"{spec.model} weights", manifest.weights_bytes)
         self._kv = Region(pool, f"{spec.model} KV", pool.total_pages * pool.page_bytes)
         try:
-            self._space = FlooredKvSpace(self._kv)
+            self._space = FlooredKvSpace(self._kv, reclaim)
             self._tensors = weight_views(manifest, self._weights.address)
             self.engine = Engine(shape, None, self._space, limits, dtype=manifest.dtype)
         except BaseException:
             self._weights.release()
             self._kv.release()
             raise
+        self._lane = KvLane(pool.device, area, self.engine.layout, self._kv.address)
         self._transfer: Transfer | None = None
+        self._backed = False
+        """Whether it has every page it needs to serve."""
 
     @property
     def model(self) -> str:
@@ -87,6 +102,19 @@ class Resident:
     def pages_min(self) -> int:
         """Pages it needs to serve."""
         return self._weights.pages_max + self.kv_pages_min
+
+    @property
+    def pages_missing(self) -> int:
+        """Pages it would have to take now in order to serve."""
+        weights = self._weights.pages_max - self._weights.mapped_pages
+        return weights + max(0, self.kv_pages_min - self._kv.mapped_pages)
+
+    @property
+    def pages_spare(self) -> int:
+        """KV pages that it keeps for paused requests only, and gives up when they are needed."""
+        if self.status is EngineStatus.FAILED or not self.engine.paused:
+            return 0
+        return self._space.beyond_floor
 
     def move(self, status: EngineStatus) -> None:
         """Change the status. Raises InvalidState for a change that does not exist."""
@@ -128,7 +156,7 @@ class Resident:
     def can_step(self) -> bool:
         """Whether a step would do something that may be done now."""
         able = self.status is not EngineStatus.FAILED and not self.engine.paused
-        return able and not self.held and self.engine.has_work
+        return able and self._backed and not self.held and self.engine.has_work
 
     # Pages and weights.
 
@@ -143,16 +171,40 @@ class Resident:
         except BaseException:
             self._weights.shrink(self._weights.mapped_pages)
             raise
+        self._backed = True
         return self.pages
 
-    def evict(self) -> int:
-        """Pause the engine and give every page back; no byte is copied. Returns bytes of weights.
+    def map_more(self) -> bool:
+        """Take what is free of the pages it needs; whether it has all. It must not step before."""
+        free = self._pool.free_pages
+        weights = min(free, self._weights.pages_max - self._weights.mapped_pages)
+        self._weights.grow(weights)
+        if self._transfer is not None:
+            self._transfer.backed(self._weights.mapped_bytes)
+        if self.pages_missing > free - weights:
+            return False
+        self._space.set_floor(self.kv_pages_min)
+        return True
+
+    def allow_steps(self) -> None:
+        """It has its pages, and nobody works on them any more."""
+        self._backed = True
+
+    def vacate(self, pages: int) -> Vacating:
+        """Begin to give up KV pages of paused requests (see `Engine.vacate`): `pages` at least."""
+        kept = self._space.mapped - pages
+        return self.engine.vacate(max(0, self._space.pages - kept), self._lane)
+
+    def evict(self, *, keep_kv: bool = True) -> int:
+        """Pause the engine and give its pages back, but for those of paused requests where these
+        are kept; no byte is copied. Returns bytes of weights.
 
         Nothing may be copying into its pages. One that FAILED has none.
         """
         if self.status is EngineStatus.FAILED:
             return 0
-        self.pause()
+        self.pause(keep_kv=keep_kv)
+        self._backed = False
         had = self._weights.mapped_pages > 0
         self._weights.shrink(self._weights.mapped_pages)
         self._space.set_floor(0)
@@ -164,22 +216,27 @@ class Resident:
         """Become FAILED and give every page back, whatever state the engine is in."""
         self.move(EngineStatus.FAILED)
         self.reason, self.expected, self._transfer, self.held = reason, False, None, []
+        self.engine.forget_parked()
         self._weights.shrink(self._weights.mapped_pages)
         self._kv.shrink(self._kv.mapped_pages)
 
     def load(self) -> Transfer:
         """Begin to copy its weights in, and let it step behind them, outputs held back."""
         transfer = Transfer(
-            self._pool.device, self.image.manifest, self.image.source, self._weights
+            self._pool.device,
+            self.image.manifest,
+            self.image.source,
+            self._weights,
+            growing=not self._backed,
         )
         transfer.start()
         self._transfer = transfer
         self.engine.resume(self._tensors, transfer.gate)
         return transfer
 
-    def pause(self) -> None:
-        """Stop stepping; what runs waits with the tokens it has."""
-        self.engine.pause()
+    def pause(self, *, keep_kv: bool) -> None:
+        """Stop stepping; what runs waits with the tokens it has, and with their KV if kept."""
+        self.engine.pause(keep_kv=keep_kv)
         self._transfer = None
 
     def serve(self) -> list[Output]:
@@ -192,8 +249,15 @@ class Resident:
         held, self.held = self.held, []
         return held
 
+    @property
+    def preserved(self) -> int:
+        """Paused requests whose KV is kept, on the device or in host memory."""
+        state = self.state()
+        return state.paused + state.parked
+
     def close(self) -> None:
         """Give everything back, addresses too. The engine must not be used afterwards."""
+        self.engine.forget_parked()
         self._tensors = {}
         self._weights.release()
         self._kv.release()
@@ -202,6 +266,8 @@ class Resident:
         """What is reported of it."""
         figures = self.engine.statistics()
         failed = self.status is EngineStatus.FAILED
+        # A paused engine runs nothing: what keeps its KV waits like the rest.
+        paused = figures.running if self.engine.paused else 0
         return EngineState(
             model=self.model,
             digest=self.image.digest,
@@ -209,10 +275,14 @@ class Resident:
             weights_bytes=self.weights_bytes if self._weights.mapped_pages else 0,
             kv_used_bytes=0 if failed else figures.kv_used_bytes,
             kv_bytes=self._kv.mapped_bytes,
-            running=0 if failed else figures.running,
-            waiting=0 if failed else figures.waiting,
+            running=0 if failed else figures.running - paused,
+            waiting=0 if failed else figures.waiting + paused,
+            paused=0 if failed else paused,
+            parked=0 if failed else figures.parked,
+            parked_bytes=0 if failed else figures.parked_bytes,
             prompt_tokens_total=figures.prompt_tokens_total,
             generation_tokens_total=figures.generation_tokens_total,
+            computed_tokens_total=figures.computed_tokens_total,
             preemptions_total=figures.preemptions_total,
             reason=self.reason,
         )

@@ -7,9 +7,12 @@ import shlex
 from typing import Any
 
 import pytest
+from google.longrunning.operations_proto_pb2 import Operation
 from hotbay.reasons import Reason
 from hotbay.v1 import common_pb2, model_pb2
 
+from daemon.gpuctl.follow import ledger_lines
+from daemon.gpuctl.moves import swap_sentence
 from tests.gpuctl.conftest import Run
 from tests.support.scripted_node import GIB, Refusal, ScriptedNode
 
@@ -42,6 +45,26 @@ def test_options_of_a_swap_reach_the_daemon(node: ScriptedNode, gpuctl: Run) -> 
     assert request.in_flight == common_pb2.IN_FLIGHT_POLICY_RECOMPUTE
     assert request.drain_timeout.ToNanoseconds() == 1_500_000_000
     assert (request.partition, request.request_id) == ("gpu0", "mine")
+
+
+@pytest.mark.parametrize("word", ["drain", "preserve", "recompute", "abort"])
+def test_every_in_flight_policy_has_its_word(node: ScriptedNode, gpuctl: Run, word: str) -> None:
+    assert gpuctl("swap", "prose", "code", "--in-flight", word).code == 0
+    policy = node.last(model_pb2.SwapModelRequest).in_flight
+    assert common_pb2.InFlightPolicy.Name(policy) == f"IN_FLIGHT_POLICY_{word.upper()}"
+
+
+def test_the_sentence_and_the_ledger_tell_what_was_preserved() -> None:
+    ledger = common_pb2.Ledger(
+        requests_kept=3, requests_preserved=2, parked_bytes=GIB, park_ms=20, unpark_ms=5
+    )
+    done = Operation()
+    done.response.Pack(model_pb2.SwapModelResponse(partition="gpu0", ledger=ledger))
+    assert swap_sentence(done, "a", "b").endswith("3 kept, 2 with their KV")
+    lines = ledger_lines(ledger)
+    assert "requests:  0 lost, 0 finished, 3 kept, 2 with their KV" in lines
+    assert any(line.startswith("parked:") for line in lines)
+    assert any(line.startswith("unparked:") for line in lines)
 
 
 def test_a_dry_run_shows_the_plan_and_changes_nothing(node: ScriptedNode, gpuctl: Run) -> None:

@@ -138,6 +138,48 @@ def test_recomputed_requests_go_on_with_the_same_tokens_when_the_model_is_back(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("memory_pages", [24, 3])
+def test_preserved_requests_go_on_with_nothing_computed_again(
+    runtime_dir: Path, prose: Model, code: Model, memory_pages: int
+) -> None:
+    async def run() -> None:
+        async with (
+            worker_process(runtime_dir, memory_bytes=memory_pages << 21) as worker,
+            serving(worker, prose, code) as (hotbayd, gateway),
+        ):
+            streams = [gateway.submit(prose.key, [*PROMPT, n], greedy(200)) for n in range(4)]
+            for stream in streams:
+                await gateway.begun(stream)
+            for number in range(3):
+                swap = load(
+                    code.key,
+                    code.image,
+                    f"{number}-away",
+                    outgoing=(prose.key,),
+                    in_flight=(InFlight.PRESERVE, InFlight.DRAIN)[number % 2],
+                    drain_timeout_s=0.0,
+                )
+                ledger = (await hotbayd.exchange(swap)).ledger
+                assert ledger.requests_preserved == ledger.requests_kept
+                state = await hotbayd.describe()
+                paused = next(one for one in state.engines if one.model == prose.key)
+                assert paused.waiting == paused.paused + paused.parked == ledger.requests_kept
+                answer = await gateway.run(code.key, PROMPT, greedy(5))
+                assert answer.tokens == code.expected(PROMPT, 5)
+                back = load(prose.key, prose.image, f"{number}-back", outgoing=(code.key,))
+                assert (await hotbayd.exchange(back)).error == ""
+            for number, stream in enumerate(streams):
+                answer = await gateway.ended(stream)
+                assert answer.tokens == prose.expected([*PROMPT, number], 200)
+            state = await hotbayd.describe()
+            served = next(one for one in state.engines if one.model == prose.key)
+            # Each token goes through the model once, the last one drawn not at all.
+            assert served.computed_tokens_total == 4 * (len(PROMPT) + 1 + 200 - 1)
+            assert served.parked_bytes == 0
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("policy", [InFlight.ABORT, InFlight.DRAIN])
 def test_a_drain_that_takes_too_long_and_an_abort(
     shared_worker: WorkerStage, prose: Model, code: Model, policy: InFlight

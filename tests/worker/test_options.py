@@ -31,6 +31,7 @@ def test_arguments_become_options() -> None:
         ([*SIZED, "--page-bytes", str((2 << 20) + 4096)], "multiple"),
         ([*SIZED, "--threads", "0"], "--threads"),
         ([*SIZED, "--step-tokens", "0"], "--step-tokens"),
+        ([*SIZED, "--parking-bytes", "-1"], "--parking-bytes"),
         ([*SIZED, "--stage-timeout-s", "nan"], "--stage-timeout-s"),
         ([*SIZED, "--link-bytes-per-s", "0"], "--link-bytes-per-s"),
         ([*SIZED, "--partition", "../up"], "--partition"),

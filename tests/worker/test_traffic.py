@@ -15,7 +15,7 @@ from tests.worker.conftest import Model, serving
 
 STREAMS = 16
 EXCHANGES = 50
-POLICIES = (InFlight.DRAIN, InFlight.RECOMPUTE)
+POLICIES = (InFlight.DRAIN, InFlight.RECOMPUTE, InFlight.PRESERVE)
 
 
 async def alternate(
@@ -31,7 +31,7 @@ async def alternate(
                 new.image,
                 f"{name}-{number}",
                 outgoing=(old.key,),
-                in_flight=POLICIES[number // 2 % 2],
+                in_flight=POLICIES[number // 2 % 3],
                 drain_timeout_s=0.05,
             )
         )

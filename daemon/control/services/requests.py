@@ -28,6 +28,7 @@ Item = TypeVar("Item")
 
 _POLICIES = {
     common_pb2.IN_FLIGHT_POLICY_DRAIN: InFlight.DRAIN,
+    common_pb2.IN_FLIGHT_POLICY_PRESERVE: InFlight.PRESERVE,
     common_pb2.IN_FLIGHT_POLICY_RECOMPUTE: InFlight.RECOMPUTE,
     common_pb2.IN_FLIGHT_POLICY_ABORT: InFlight.ABORT,
 }
@@ -58,13 +59,6 @@ def policy(request: Any, scheduling: Scheduling) -> InFlight:
     """A request's in-flight policy, or the configured one."""
     if request.in_flight == common_pb2.IN_FLIGHT_POLICY_UNSPECIFIED:
         return scheduling.in_flight
-    if request.in_flight == common_pb2.IN_FLIGHT_POLICY_PRESERVE:
-        raise Refused(
-            "the policy PRESERVE is not implemented by this version: use RECOMPUTE, which keeps "
-            "the requests and computes their KV again",
-            reason="NOT_IMPLEMENTED",
-            metadata={"field": "in_flight"},
-        )
     if request.in_flight not in _POLICIES:
         raise invalid("in_flight", f"in_flight {request.in_flight} is not a known policy")
     return _POLICIES[request.in_flight]

@@ -25,23 +25,23 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hotbay/v1/common.proto\x12\thotbay.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"*\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x02 \x01(\x01\"\x9e\x02\n\x06Ledger\x12 \n\x06phases\x18\x01 \x03(\x0b\x32\x10.hotbay.v1.Phase\x12\x10\n\x08total_ms\x18\x02 \x01(\x01\x12\x16\n\x0e\x66irst_token_ms\x18\x03 \x01(\x01\x12\x14\n\x0c\x63opied_bytes\x18\x04 \x01(\x03\x12\x15\n\revicted_bytes\x18\x05 \x01(\x03\x12\x1d\n\x15\x63opy_bytes_per_second\x18\x06 \x01(\x01\x12\x1d\n\x15link_bytes_per_second\x18\x07 \x01(\x01\x12\x14\n\x0clink_percent\x18\x08 \x01(\x01\x12\x19\n\x11requests_finished\x18\t \x01(\x03\x12\x15\n\rrequests_kept\x18\n \x01(\x03\x12\x15\n\rrequests_lost\x18\x0b \x01(\x03\"\xea\x01\n\x08SwapPlan\x12\x11\n\tpartition\x18\x01 \x01(\t\x12\x10\n\x08outgoing\x18\x02 \x03(\t\x12\x10\n\x08incoming\x18\x03 \x01(\t\x12\x12\n\ncopy_bytes\x18\x04 \x01(\x03\x12\x13\n\x0b\x65vict_bytes\x18\x05 \x01(\x03\x12\x13\n\x0b\x62uild_bytes\x18\x06 \x01(\x03\x12\x16\n\x0ehost_evictions\x18\x07 \x03(\t\x12\x1b\n\x13\x64\x65vice_bytes_needed\x18\x08 \x01(\x03\x12\x1e\n\x16\x64\x65vice_bytes_available\x18\t \x01(\x03\x12\x14\n\x0cpredicted_ms\x18\n \x01(\x01\"a\n\x0bStateChange\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x66rom\x18\x02 \x01(\t\x12\n\n\x02to\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t*\xba\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10MODEL_STATE_COLD\x10\x01\x12\x17\n\x13MODEL_STATE_STANDBY\x10\x02\x12\x16\n\x12MODEL_STATE_STAGED\x10\x03\x12\x16\n\x12MODEL_STATE_ACTIVE\x10\x04\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06*\xa9\x01\n\x0eInFlightPolicy\x12 \n\x1cIN_FLIGHT_POLICY_UNSPECIFIED\x10\x00\x12\x1a\n\x16IN_FLIGHT_POLICY_DRAIN\x10\x01\x12\x1d\n\x19IN_FLIGHT_POLICY_PRESERVE\x10\x02\x12\x1e\n\x1aIN_FLIGHT_POLICY_RECOMPUTE\x10\x03\x12\x1a\n\x16IN_FLIGHT_POLICY_ABORT\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hotbay/v1/common.proto\x12\thotbay.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"*\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x02 \x01(\x01\"\xf4\x02\n\x06Ledger\x12 \n\x06phases\x18\x01 \x03(\x0b\x32\x10.hotbay.v1.Phase\x12\x10\n\x08total_ms\x18\x02 \x01(\x01\x12\x16\n\x0e\x66irst_token_ms\x18\x03 \x01(\x01\x12\x14\n\x0c\x63opied_bytes\x18\x04 \x01(\x03\x12\x15\n\revicted_bytes\x18\x05 \x01(\x03\x12\x1d\n\x15\x63opy_bytes_per_second\x18\x06 \x01(\x01\x12\x1d\n\x15link_bytes_per_second\x18\x07 \x01(\x01\x12\x14\n\x0clink_percent\x18\x08 \x01(\x01\x12\x19\n\x11requests_finished\x18\t \x01(\x03\x12\x15\n\rrequests_kept\x18\n \x01(\x03\x12\x15\n\rrequests_lost\x18\x0b \x01(\x03\x12\x1a\n\x12requests_preserved\x18\x0c \x01(\x03\x12\x14\n\x0cparked_bytes\x18\r \x01(\x03\x12\x0f\n\x07park_ms\x18\x0e \x01(\x01\x12\x11\n\tunpark_ms\x18\x0f \x01(\x01\"\xea\x01\n\x08SwapPlan\x12\x11\n\tpartition\x18\x01 \x01(\t\x12\x10\n\x08outgoing\x18\x02 \x03(\t\x12\x10\n\x08incoming\x18\x03 \x01(\t\x12\x12\n\ncopy_bytes\x18\x04 \x01(\x03\x12\x13\n\x0b\x65vict_bytes\x18\x05 \x01(\x03\x12\x13\n\x0b\x62uild_bytes\x18\x06 \x01(\x03\x12\x16\n\x0ehost_evictions\x18\x07 \x03(\t\x12\x1b\n\x13\x64\x65vice_bytes_needed\x18\x08 \x01(\x03\x12\x1e\n\x16\x64\x65vice_bytes_available\x18\t \x01(\x03\x12\x14\n\x0cpredicted_ms\x18\n \x01(\x01\"a\n\x0bStateChange\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x66rom\x18\x02 \x01(\t\x12\n\n\x02to\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t*\xba\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10MODEL_STATE_COLD\x10\x01\x12\x17\n\x13MODEL_STATE_STANDBY\x10\x02\x12\x16\n\x12MODEL_STATE_STAGED\x10\x03\x12\x16\n\x12MODEL_STATE_ACTIVE\x10\x04\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06*\xa9\x01\n\x0eInFlightPolicy\x12 \n\x1cIN_FLIGHT_POLICY_UNSPECIFIED\x10\x00\x12\x1a\n\x16IN_FLIGHT_POLICY_DRAIN\x10\x01\x12\x1d\n\x19IN_FLIGHT_POLICY_PRESERVE\x10\x02\x12\x1e\n\x1aIN_FLIGHT_POLICY_RECOMPUTE\x10\x03\x12\x1a\n\x16IN_FLIGHT_POLICY_ABORT\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hotbay.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=740
-  _globals['_MODELSTATE']._serialized_end=926
-  _globals['_INFLIGHTPOLICY']._serialized_start=929
-  _globals['_INFLIGHTPOLICY']._serialized_end=1098
+  _globals['_MODELSTATE']._serialized_start=826
+  _globals['_MODELSTATE']._serialized_end=1012
+  _globals['_INFLIGHTPOLICY']._serialized_start=1015
+  _globals['_INFLIGHTPOLICY']._serialized_end=1184
   _globals['_PHASE']._serialized_start=70
   _globals['_PHASE']._serialized_end=112
   _globals['_LEDGER']._serialized_start=115
-  _globals['_LEDGER']._serialized_end=401
-  _globals['_SWAPPLAN']._serialized_start=404
-  _globals['_SWAPPLAN']._serialized_end=638
-  _globals['_STATECHANGE']._serialized_start=640
-  _globals['_STATECHANGE']._serialized_end=737
+  _globals['_LEDGER']._serialized_end=487
+  _globals['_SWAPPLAN']._serialized_start=490
+  _globals['_SWAPPLAN']._serialized_end=724
+  _globals['_STATECHANGE']._serialized_start=726
+  _globals['_STATECHANGE']._serialized_end=823
 # @@protoc_insertion_point(module_scope)

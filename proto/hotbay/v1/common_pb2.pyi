@@ -66,9 +66,11 @@ class _InFlightPolicyEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_InFligh
     IN_FLIGHT_POLICY_UNSPECIFIED: _InFlightPolicy.ValueType  # 0
     """The daemon's configured default."""
     IN_FLIGHT_POLICY_DRAIN: _InFlightPolicy.ValueType  # 1
-    """Finish them; those that outlast the drain timeout are treated as RECOMPUTE."""
+    """Finish them; those that outlast the drain timeout are treated as PRESERVE."""
     IN_FLIGHT_POLICY_PRESERVE: _InFlightPolicy.ValueType  # 2
-    """Pause at a token boundary, keep their KV, resume later."""
+    """Pause at a token boundary, keep their KV, resume later with nothing computed again. Where
+    neither the partition nor the parking budget has room for the KV, as RECOMPUTE.
+    """
     IN_FLIGHT_POLICY_RECOMPUTE: _InFlightPolicy.ValueType  # 3
     """Pause at a token boundary, drop their KV, compute it again when the model is back."""
     IN_FLIGHT_POLICY_ABORT: _InFlightPolicy.ValueType  # 4
@@ -80,9 +82,11 @@ class InFlightPolicy(_InFlightPolicy, metaclass=_InFlightPolicyEnumTypeWrapper):
 IN_FLIGHT_POLICY_UNSPECIFIED: InFlightPolicy.ValueType  # 0
 """The daemon's configured default."""
 IN_FLIGHT_POLICY_DRAIN: InFlightPolicy.ValueType  # 1
-"""Finish them; those that outlast the drain timeout are treated as RECOMPUTE."""
+"""Finish them; those that outlast the drain timeout are treated as PRESERVE."""
 IN_FLIGHT_POLICY_PRESERVE: InFlightPolicy.ValueType  # 2
-"""Pause at a token boundary, keep their KV, resume later."""
+"""Pause at a token boundary, keep their KV, resume later with nothing computed again. Where
+neither the partition nor the parking budget has room for the KV, as RECOMPUTE.
+"""
 IN_FLIGHT_POLICY_RECOMPUTE: InFlightPolicy.ValueType  # 3
 """Pause at a token boundary, drop their KV, compute it again when the model is back."""
 IN_FLIGHT_POLICY_ABORT: InFlightPolicy.ValueType  # 4
@@ -127,6 +131,10 @@ class Ledger(message.Message):
     REQUESTS_FINISHED_FIELD_NUMBER: builtins.int
     REQUESTS_KEPT_FIELD_NUMBER: builtins.int
     REQUESTS_LOST_FIELD_NUMBER: builtins.int
+    REQUESTS_PRESERVED_FIELD_NUMBER: builtins.int
+    PARKED_BYTES_FIELD_NUMBER: builtins.int
+    PARK_MS_FIELD_NUMBER: builtins.int
+    UNPARK_MS_FIELD_NUMBER: builtins.int
     total_ms: builtins.float
     first_token_ms: builtins.float
     """From the request for the swap to the incoming model's first token; 0 when none was waiting."""
@@ -140,6 +148,15 @@ class Ledger(message.Message):
     requests_finished: builtins.int
     requests_kept: builtins.int
     requests_lost: builtins.int
+    requests_preserved: builtins.int
+    """Of the kept ones, those with their KV kept too; the others compute theirs again."""
+    parked_bytes: builtins.int
+    """KV that was copied to host memory to make room, and how long that took, beside the copy of
+    the weights.
+    """
+    park_ms: builtins.float
+    unpark_ms: builtins.float
+    """Copying the incoming model's parked KV back."""
     @builtins.property
     def phases(self) -> containers.RepeatedCompositeFieldContainer[Phase]: ...
     def __init__(
@@ -156,10 +173,14 @@ class Ledger(message.Message):
         requests_finished: builtins.int = ...,
         requests_kept: builtins.int = ...,
         requests_lost: builtins.int = ...,
+        requests_preserved: builtins.int = ...,
+        parked_bytes: builtins.int = ...,
+        park_ms: builtins.float = ...,
+        unpark_ms: builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["copied_bytes", b"copied_bytes", "copy_bytes_per_second", b"copy_bytes_per_second", "evicted_bytes", b"evicted_bytes", "first_token_ms", b"first_token_ms", "link_bytes_per_second", b"link_bytes_per_second", "link_percent", b"link_percent", "phases", b"phases", "requests_finished", b"requests_finished", "requests_kept", b"requests_kept", "requests_lost", b"requests_lost", "total_ms", b"total_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["copied_bytes", b"copied_bytes", "copy_bytes_per_second", b"copy_bytes_per_second", "evicted_bytes", b"evicted_bytes", "first_token_ms", b"first_token_ms", "link_bytes_per_second", b"link_bytes_per_second", "link_percent", b"link_percent", "park_ms", b"park_ms", "parked_bytes", b"parked_bytes", "phases", b"phases", "requests_finished", b"requests_finished", "requests_kept", b"requests_kept", "requests_lost", b"requests_lost", "requests_preserved", b"requests_preserved", "total_ms", b"total_ms", "unpark_ms", b"unpark_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
