@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from swap.cuda_device import CudaDevice
+from swap.fake_driver import FakeDriver
 from swap.host_device import HostDevice
 from swap.image import (
     Manifest,
@@ -60,20 +62,27 @@ def stepped_clock() -> type[SteppedClock]:
 DeviceFactory = Callable[..., Any]
 
 
-@pytest.fixture(params=["host"])
+@pytest.fixture(params=["host", "cuda over a fake driver"])
 def make_device(request: pytest.FixtureRequest) -> Iterator[DeviceFactory]:
-    """Opens devices of every kind there is, by pages; closed afterwards."""
-    kinds = {"host": HostDevice}
-    opened = []
+    """Opens devices of every kind there is, by pages; closed afterwards, with nothing left."""
+    opened, drivers = [], []
 
-    def make(pages: int, **options: Any) -> Any:
-        device = kinds[request.param](pages * options.get("page_bytes", 2 * MIB), **options)
+    def make(pages: int, page_bytes: int = 2 * MIB, **options: Any) -> Any:
+        if request.param == "host":
+            device: Any = HostDevice(pages * page_bytes, page_bytes=page_bytes, **options)
+        else:
+            drivers.append(FakeDriver(**options))
+            device = CudaDevice(pages * page_bytes, page_bytes=page_bytes, driver=drivers[-1])
         opened.append(device)
         return device
 
     yield make
     for device in opened:
+        device.synchronize()
         device.close()
+    for driver in drivers:
+        assert set(driver.holdings().values()) == {0}
+        driver.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from swap.errors import DeviceMisuse
-from swap.virtual_memory import view_of
+from swap.virtual_memory import VirtualMemory, view_of
 
 MIB = 1 << 20
 PAGE = 2 * MIB
@@ -40,6 +40,7 @@ def test_contents_travel_with_the_page(make_device, source):
     first, second = device.reserve(2 * PAGE), device.reserve(4 * PAGE)
     device.map(first, (0, 1))
     device.copy_in(first, address, 2 * PAGE)
+    device.synchronize()
     assert device.unmap(first, 2) == (0, 1)
     device.map(second + PAGE, (1, 2, 0))
     assert bytes(view_of(second + PAGE, PAGE)) == content[PAGE:]
@@ -52,9 +53,11 @@ def test_prefaulting_is_done_once_wherever_pages_are(make_device, source):
     base = device.reserve(2 * PAGE)
     device.map(base, (4, 5))
     device.copy_in(base, address, 2 * PAGE)
-    assert device.prefault(range(6)) == 6
+    present = device.statistics().pages_present
+    assert device.prefault(range(6)) == 6 - present
     assert device.prefault(range(6)) == 0
     assert device.statistics().pages_present == 6
+    device.synchronize()
     assert bytes(view_of(base, 2 * PAGE)) == content
 
 
@@ -68,6 +71,7 @@ def test_any_sequence_of_maps_keeps_every_page_and_its_contents(make_device):
         device.map(bases[0] + page * PAGE, (page,))
         device.copy_in(bases[0] + page * PAGE, ctypes.addressof(stamps[page]), 8)
         mapped[bases[0] + page * PAGE] = page
+    device.synchronize()
     for _ in range(300):
         if mapped and shuffle.random() < 0.5:
             start = shuffle.choice(sorted(mapped))
@@ -144,7 +148,9 @@ def test_nothing_is_unmapped_under_a_running_copy(make_device, stepped_clock, so
     device = make_device(4, link_bytes_per_s=1e6, clock=clock)
     base = device.reserve(4 * PAGE)
     device.map(base, (0, 1, 2))
-    copying = threading.Thread(target=device.copy_in, args=(base + PAGE, address, PAGE))
+    copying = threading.Thread(
+        target=lambda: device.wait(device.copy_in(base + PAGE, address, PAGE))
+    )
     copying.start()
     assert clock.asleep.acquire(timeout=20)
     for start, count in ((base, 3), (base + PAGE, 1)):
@@ -181,3 +187,51 @@ def test_a_closed_device_refuses(make_device):
     ):
         with pytest.raises(DeviceMisuse, match="closed"):
             call()
+
+
+def test_what_is_copied_out_is_what_is_there(make_device, source):
+    content, address, _ = source
+    device = make_device(4)
+    base = device.reserve(2 * PAGE)
+    device.map(base, (2, 0))
+    device.wait(device.copy_in(base, address, 2 * PAGE))
+    back = ctypes.create_string_buffer(PAGE)
+    device.wait(device.copy_out(ctypes.addressof(back), base + PAGE - 7, 14))
+    assert back.raw[:14] == content[PAGE - 7 : PAGE + 7]
+    assert back.raw[14:] == bytes(PAGE - 14)
+    with pytest.raises(DeviceMisuse, match="unmapped"):
+        device.copy_out(ctypes.addressof(back), base + 2 * PAGE - 1, 2)
+
+
+def test_copies_are_waited_for_by_number_and_several_may_be_issued(make_device, source):
+    content, address, _ = source
+    device = make_device(4)
+    base = device.reserve(4 * PAGE)
+    device.map(base, range(4))
+    copies = [device.copy_in(base + at * PAGE, address, PAGE) for at in range(4)]
+    device.wait(copies[-1])
+    device.wait(copies[0])  # in any order
+    assert bytes(view_of(base + 3 * PAGE, PAGE)) == content[:PAGE]
+    device.unmap(base, 4)
+    device.wait(copies[2])  # one that has long ended
+
+
+def test_registered_memory_is_copied_from_and_to(make_device):
+    device = make_device(2)
+    base = device.reserve(PAGE)
+    device.map(base, (0,))
+    memory = VirtualMemory()
+    address = memory.reserve(PAGE, PAGE)
+    memory.make_writable(address, PAGE)
+    device.register(address, MIB, writable=True)
+    device.register(address + MIB, MIB, writable=True)
+    view_of(address, PAGE)[:] = b"\x07" * PAGE
+    device.copy_in(base, address, PAGE)  # across two registrations
+    device.synchronize()
+    view_of(address, PAGE)[:] = bytes(PAGE)
+    device.copy_out(address, base, PAGE)
+    device.synchronize()
+    assert bytes(view_of(address, PAGE)) == b"\x07" * PAGE
+    device.unregister(address)
+    device.unregister(address + MIB)
+    memory.release(address, PAGE)
