@@ -223,11 +223,9 @@ class CudaDevice:
         if known is not None:
             # Should another thread find it ended first, its event may serve a later copy already:
             # then this waits somewhat longer, and for no less.
-            try:
-                self._driver.event_synchronize(known.event)
-            finally:
-                with self._lock:
-                    self._ended(copy)
+            self._driver.event_synchronize(known.event)
+            with self._lock:
+                self._ended(copy)
 
     def synchronize(self) -> None:
         """Wait for the copies of this thread."""

@@ -32,6 +32,7 @@ class DeviceStatistics:
     map_calls: int
     """Calls to the system or driver that mapped or unmapped a run of pages."""
     copied_bytes: int
+    """In both directions."""
 
 
 class Clock(Protocol):

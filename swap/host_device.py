@@ -23,8 +23,8 @@ from swap.virtual_memory import GIGANTIC_BYTES, HUGE_PAGE_BYTES, VirtualMemory
 class HostDevice:
     """`memory_bytes` of host memory as a device (see `swap.device.DeviceMemory`).
 
-    `page_bytes` is a multiple of 2 MiB. With `link_bytes_per_s` copies are paced to that rate, as
-    if they crossed a slower link. Raises DeviceError when the system refuses the address space.
+    `page_bytes` is a multiple of 2 MiB. With `link_bytes_per_s` copies in are paced to that rate,
+    as if they crossed a slower link. Raises DeviceError when the system refuses the address space.
     """
 
     kind: Literal["host", "cuda"] = "host"
@@ -135,15 +135,17 @@ class HostDevice:
 
     def copy_in(self, destination: int, source: int, size_bytes: int) -> int:
         """Copy now, in this thread; other threads run meanwhile."""
-        self._copy(destination, destination, source, size_bytes)
+        self._copy(destination, destination, source, size_bytes, self.link_bytes_per_s)
         return 0
 
     def copy_out(self, destination: int, source: int, size_bytes: int) -> int:
         """Copy now, in this thread; other threads run meanwhile."""
-        self._copy(source, destination, source, size_bytes)
+        self._copy(source, destination, source, size_bytes, None)
         return 0
 
-    def _copy(self, here: int, destination: int, source: int, size_bytes: int) -> None:
+    def _copy(
+        self, here: int, destination: int, source: int, size_bytes: int, bytes_per_s: float | None
+    ) -> None:
         """Copy with the device's side at `here`."""
         copy = (here, here + size_bytes)
         with self._lock:
@@ -153,8 +155,8 @@ class HostDevice:
             started = self._clock.monotonic()
         try:
             self._memory.copy(destination, source, size_bytes)
-            if self.link_bytes_per_s is not None:
-                self._pace(started, size_bytes / self.link_bytes_per_s)
+            if bytes_per_s is not None:
+                self._pace(started, size_bytes / bytes_per_s)
         finally:
             with self._lock:
                 self._copies.remove(copy)

@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from swap.cuda_device import CudaDevice
-from swap.fake_driver import FakeDriver
-from swap.host_device import HostDevice
 from swap.image import (
     Manifest,
     TensorRecipe,
@@ -26,6 +23,7 @@ from swap.image import (
     write_manifest,
 )
 from swap.segment import Segment
+from tests.support.devices import DeviceFactory, device_factory
 
 MIB = 1 << 20
 
@@ -59,30 +57,11 @@ def stepped_clock() -> type[SteppedClock]:
     return SteppedClock
 
 
-DeviceFactory = Callable[..., Any]
-
-
 @pytest.fixture(params=["host", "cuda over a fake driver"])
 def make_device(request: pytest.FixtureRequest) -> Iterator[DeviceFactory]:
-    """Opens devices of every kind there is, by pages; closed afterwards, with nothing left."""
-    opened, drivers = [], []
-
-    def make(pages: int, page_bytes: int = 2 * MIB, **options: Any) -> Any:
-        if request.param == "host":
-            device: Any = HostDevice(pages * page_bytes, page_bytes=page_bytes, **options)
-        else:
-            drivers.append(FakeDriver(**options))
-            device = CudaDevice(pages * page_bytes, page_bytes=page_bytes, driver=drivers[-1])
-        opened.append(device)
-        return device
-
-    yield make
-    for device in opened:
-        device.synchronize()
-        device.close()
-    for driver in drivers:
-        assert set(driver.holdings().values()) == {0}
-        driver.close()
+    """Opens devices of every kind whose memory a test can read, by pages; closed afterwards."""
+    with device_factory(request.param) as make:
+        yield make
 
 
 @pytest.fixture
