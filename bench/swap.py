@@ -8,7 +8,8 @@ The first form alternates two models of 1 GiB on one worker. Each round first co
 with one memmove between buffers that are present already, then measures from the sending of the
 exchange to the arrival of the incoming model's first token. The second form alternates two small
 models and compares what the worker holds before and after: pages, memory, descriptors, mappings,
-threads and processes. The third is `bench.swap_cuda`'s. The bench plays hotbayd and the gateway; the worker is the real process.
+threads and processes. The third is `bench.swap_cuda`'s. The bench plays hotbayd and the gateway;
+the worker is the real process.
 """
 
 from __future__ import annotations
