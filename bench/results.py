@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("hotbay", "torch", "transformers", "safetensors", "grpcio", "uvicorn")
+PACKAGES = ("hotbay", "torch", "cuda-bindings", "transformers", "safetensors", "grpcio", "uvicorn")
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,25 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
         "kernel": platform.release(),
-        "gpu": None,
+        "gpu": gpu(),
     }
+
+
+def gpu() -> str | None:
+    """The first GPU's name and driver; None where there is none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+        return f"{name}, driver {pynvml.nvmlSystemGetDriverVersion()}"
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def versions() -> dict[str, str]:

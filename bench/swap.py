@@ -1,13 +1,15 @@
-"""How long a swap takes on `device = host`, held against a plain copy of the same bytes.
+"""How long a swap takes, on `device = host` held against a plain copy of the same bytes.
 
     python -m bench.swap [--rounds 9] [--output bench/results/swap.json]
     python -m bench.swap --count 1000 [--output bench/results/swap-count.json]
+    python -m bench.swap --device cuda --model 8B [--output bench/results/gpu-swap-8b.json]
 
 The first form alternates two models of 1 GiB on one worker. Each round first copies as many bytes
 with one memmove between buffers that are present already, then measures from the sending of the
 exchange to the arrival of the incoming model's first token. The second form alternates two small
 models and compares what the worker holds before and after: pages, memory, descriptors, mappings,
-threads and processes. The bench plays hotbayd and the gateway; the worker is the real process.
+threads and processes. The third is `bench.swap_cuda`'s. The bench plays hotbayd and the gateway;
+the worker is the real process.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import msgspec
 import psutil
 
 from bench.results import Figure, report
+from bench.swap_cuda import SHAPES, measure_gpu_swaps
 from bench.worker import BenchWorker, BuiltModel, build_model, decoder
 from engine.link import control
 from swap.segment import Segment
@@ -196,9 +199,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--count", type=int, default=0, help="swap small models this many times")
+    parser.add_argument("--device", choices=["host", "cuda"], default="host")
+    parser.add_argument("--model", choices=sorted(SHAPES), default="8B", help="with --device cuda")
     parser.add_argument("--output", type=Path)
     values: Any = parser.parse_args(arguments)
-    if values.count:
+    if values.device == "cuda":
+        met = asyncio.run(measure_gpu_swaps(values.model, values.rounds, values.output))
+    elif values.count:
         met = asyncio.run(count_swaps(values.count, values.output))
     else:
         met = asyncio.run(measure_swaps(values.rounds, values.output))

@@ -13,9 +13,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.link import control, tokens
 from engine.link.frames import Link
@@ -59,17 +60,19 @@ def decoder(vocabulary: int, hidden: int, layers: int) -> ModelSpec:
     )
 
 
-def build_model(model: str, spec: ModelSpec, seed: int) -> BuiltModel:
-    """Write an image of float32 weights, straight into its segment; norms are ones."""
+def build_model(
+    model: str, spec: ModelSpec, seed: int, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> BuiltModel:
+    """Write an image of random weights, straight into its segment; norms are ones."""
     recipes = image_recipes(spec)
-    layout = plan_image(recipes, "float32", spec.to_dict())
+    layout = plan_image(recipes, dtype, spec.to_dict())
     segment = Segment.create(segment_bytes(layout), model)
     draw = np.random.default_rng(seed)
-    block = (0.05 * draw.standard_normal(RANDOM_BYTES // 4, dtype=np.float32)).tobytes()
+    block = encoded(0.05 * draw.standard_normal(RANDOM_BYTES // 4, dtype=np.float32), dtype)
     checksums = {}
     for entry in layout.tensors:
         if "norm" in entry.name:
-            data = np.ones(entry.shape, dtype=np.float32).tobytes()
+            data = encoded(np.ones(entry.shape, dtype=np.float32), dtype)
         else:
             data = (block * (entry.size_bytes // len(block) + 1))[: entry.size_bytes]
         write_at(segment.descriptor, data, entry.offset_bytes)
@@ -78,6 +81,13 @@ def build_model(model: str, spec: ModelSpec, seed: int) -> BuiltModel:
     write_manifest(segment.descriptor, manifest)
     segment.seal()
     return BuiltModel(model, segment, manifest)
+
+
+def encoded(values: npt.NDArray[np.float32], dtype: str) -> bytes:
+    """Values as an image holds them; for bfloat16 the upper half of each, cut off."""
+    if dtype == "float32":
+        return values.tobytes()
+    return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16).tobytes()
 
 
 class BenchWorker:

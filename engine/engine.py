@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from engine.block_pool import BlockPool
+from engine.device_tensors import placed
 from engine.errors import KvTooSmall
 from engine.kernels.protocol import Span
 from engine.kernels.reference.kernels import ReferenceKernels
@@ -93,7 +94,9 @@ class Engine:
             )
         self._pool = BlockPool(kv, self.layout.blocks_per_page)
         self._scheduler = Scheduler(limits, self._pool, self.layout.block_tokens)
-        self._kernels = ReferenceKernels(spec, self.layout, kv.memory())
+        memory = kv.memory()
+        self._device = memory.device
+        self._kernels = ReferenceKernels(spec, self.layout, memory)
         self._requests: dict[int, Request] = {}
         self._refused: list[Output] = []
         self._decoder: Decoder | None = None
@@ -278,8 +281,8 @@ class Engine:
             tokens += chunk.request.tokens[chunk.start : chunk.end]
         plan = self._kernels.plan(spans, torch.from_numpy(positions))
         drawing = [index for index, chunk in enumerate(chunks) if chunk.draws]
-        rows = torch.from_numpy(ends[np.array(drawing, dtype=np.int64)] - 1)
-        logits = decoder.forward(torch.tensor(tokens), plan, rows)
+        rows = placed(torch.from_numpy(ends[np.array(drawing, dtype=np.int64)] - 1), self._device)
+        logits = decoder.forward(placed(torch.tensor(tokens), self._device), plan, rows)
         return sample(logits, [chunks[index].request for index in drawing])
 
     def _commit(self, chunks: Sequence[Chunk], draws: Sequence[Draw]) -> list[Output]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from swap.errors import InsufficientDeviceMemory
-from swap.virtual_memory import view_of
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +43,7 @@ class KvSpace(Protocol):
 
 
 class RegionKvSpace:
-    """KV pages over an arena's region in memory that the processor can address.
+    """KV pages over an arena's region.
 
     The region must outlive every tensor made from `memory`.
     """
@@ -80,10 +79,10 @@ class RegionKvSpace:
         self._region.shrink(count)
 
     def memory(self) -> torch.Tensor:
-        import torch
+        from engine.device_tensors import bytes_at
 
-        view = view_of(self._region.address, self.pages_max * self.page_bytes)
-        return torch.frombuffer(view, dtype=torch.uint8)
+        kind = self._region.pool.device.kind
+        return bytes_at(kind, self._region.address, self.pages_max * self.page_bytes)
 
 
 class PlainKvSpace:

@@ -37,9 +37,10 @@ class Draw:
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[Draw]:
     """Draw the next token of each request from its row of `logits` [requests, vocabulary].
 
-    `logits` may be changed.
+    `logits` may be changed. They are brought to the host, where tokens are drawn: for a device this
+    also is the wait for the step.
     """
-    logits = logits.float()
+    logits = logits.float().cpu()
     # Ten times as fast as torch's own; it finds what is not a number before any number.
     tokens = torch.from_numpy(logits.numpy().argmax(axis=1))
     valid = torch.isfinite(logits.gather(1, tokens[:, None]).squeeze(1))

@@ -30,6 +30,38 @@ class Part:
 
 PARTS = (
     Part(
+        "contract",
+        "device memory over the real driver keeps the contract",
+        ("-m", "pytest", "-m", "gpu", "tests/swap/test_device_contract.py"),
+        300,
+    ),
+    Part(
+        "tokens",
+        "engines on the GPU: transformers' tokens, and the same ones after 20 swaps",
+        ("-m", "pytest", "-m", "gpu", "tests/gpu"),
+    ),
+    Part(
+        "costs",
+        "copies, handles, mappings and pinning by size",
+        ("-m", "bench.device_costs", "--output", "bench/results/gpu-device-costs.json"),
+    ),
+    Part(
+        "swap-1b",
+        "swaps of 1B models in bf16 against the link's rate",
+        (
+            *("-m", "bench.swap", "--device", "cuda", "--model", "1B"),
+            *("--output", "bench/results/gpu-swap-1b.json"),
+        ),
+    ),
+    Part(
+        "swap-8b",
+        "swaps of 8B models in bf16 against the link's rate",
+        (
+            *("-m", "bench.swap", "--device", "cuda", "--model", "8B"),
+            *("--output", "bench/results/gpu-swap-8b.json"),
+        ),
+    ),
+    Part(
         "nvml",
         "the driver's NVML passes the contract that the simulated one passes (read only)",
         ("-m", "pytest", "-m", "gpu", "tests/partitioner"),

@@ -5,7 +5,8 @@ virtual memory on an accelerator: addresses are reserved once and stay, physical
 once and are mapped now here, now there, contents and all, and copies run in order until
 `synchronize`. Rules every implementation enforces by raising DeviceMisuse and changing nothing:
 a page is mapped at one address at a time, into a reserved range nobody else maps; only mapped
-memory is copied; nothing is unmapped while a copy of it runs; a range is released empty.
+memory is copied to or from; nothing is unmapped while a copy into or out of it runs; a range is
+released empty.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+REGISTER_BYTES_MAX = 1 << 30
+"""Registered by one call at most: pinning holds driver locks that others wait for meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class DeviceStatistics:
     map_calls: int
     """Calls to the system or driver that mapped or unmapped a run of pages."""
     copied_bytes: int
+    """In both directions."""
 
 
 class Clock(Protocol):
@@ -60,6 +65,10 @@ class DeviceMemory(Protocol):
     @property
     def pages_total(self) -> int: ...
 
+    @property
+    def copies_ahead(self) -> int:
+        """Copies worth issuing while an earlier one runs; 0 where issuing a copy is making it."""
+
     def reserve(self, size_bytes: int) -> int:
         """Set a range of addresses aside (rounded up to pages) and return where it starts."""
 
@@ -82,17 +91,34 @@ class DeviceMemory(Protocol):
     def unmap(self, address: int, count: int) -> tuple[int, ...]:
         """Unmap `count` pages from `address` on and return their numbers, in address order.
 
-        An access to the addresses afterwards fails loudly.
+        Waits for what is being computed on the device; copies must have ended. An access to the
+        addresses afterwards fails loudly.
         """
 
-    def register(self, address: int, size_bytes: int) -> None:
-        """Prepare host memory as the source of fast copies. Slow: ahead of need, not in a swap."""
+    def register(self, address: int, size_bytes: int, *, writable: bool = False) -> None:
+        """Prepare host memory for fast copies, REGISTER_BYTES_MAX at most a call.
+
+        Copies come from it, and go to it where it is mapped `writable` and said to be. Slow: ahead
+        of need, not in a swap. Raises DeviceError when the system refuses.
+        """
 
     def unregister(self, address: int) -> None:
-        """Undo `register`."""
+        """Undo `register`. Nothing may be copying from or to that memory."""
 
-    def copy_in(self, destination: int, source: int, size_bytes: int) -> None:
-        """Copy host memory at `source` into mapped device memory; done after `synchronize`."""
+    def copy_in(self, destination: int, source: int, size_bytes: int) -> int:
+        """Copy host memory at `source` into mapped device memory.
+
+        Returns a number for `wait`; done once that, or `synchronize`, has returned.
+        """
+
+    def copy_out(self, destination: int, source: int, size_bytes: int) -> int:
+        """Copy mapped device memory at `source` to host memory; see `copy_in`.
+
+        Begins after what was computed on the device so far.
+        """
+
+    def wait(self, copy: int) -> None:
+        """Wait until one copy, by its number, is complete; copies behind it go on meanwhile."""
 
     def copy_in_rows(
         self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int

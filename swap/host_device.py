@@ -5,12 +5,11 @@ fault is by far the slowest thing that host memory does (seconds per GiB on virt
 each page is faulted in once in its life and from then on travels: mapping moves its page-table
 entries from the pool's home range to the target, and unmapping moves them back, 2 MiB-aligned and
 in runs as long as the page numbers allow. No byte is copied, and an access to a range without pages
-faults. Invariant: every page is either at home or at exactly one target, and `_at` knows which.
+faults. Invariant: every page is either at home or at exactly one target, and `_table` knows which.
 """
 
 from __future__ import annotations
 
-import bisect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Literal
 
 from swap.device import Clock, DeviceStatistics, SystemClock
 from swap.errors import DeviceMisuse
+from swap.page_table import PageTable, rows_span
 from swap.virtual_memory import GIGANTIC_BYTES, HUGE_PAGE_BYTES, VirtualMemory
 
 _IN, _OUT = 0, 1
@@ -26,11 +26,12 @@ _IN, _OUT = 0, 1
 class HostDevice:
     """`memory_bytes` of host memory as a device (see `swap.device.DeviceMemory`).
 
-    `page_bytes` is a multiple of 2 MiB. With `link_bytes_per_s` copies are paced to that rate, as
-    if they crossed a slower link. Raises DeviceError when the system refuses the address space.
+    `page_bytes` is a multiple of 2 MiB. With `link_bytes_per_s` copies in are paced to that rate,
+    as if they crossed a slower link. Raises DeviceError when the system refuses the address space.
     """
 
     kind: Literal["host", "cuda"] = "host"
+    copies_ahead = 0
 
     def __init__(
         self,
@@ -55,10 +56,7 @@ class HostDevice:
         self._home_bytes = self.pages_total * page_bytes
         self._home = self._memory.reserve(self._home_bytes, self._alignment(self._home_bytes))
         self._memory.make_writable(self._home, self._home_bytes)
-        self._reserved: dict[int, int] = {}
-        self._starts: list[int] = []
-        self._at: dict[int, int] = {}  # mapped address -> page
-        self._place: dict[int, int] = {}  # mapped page -> address
+        self._table = PageTable(page_bytes, self.pages_total)
         self._present = bytearray(self.pages_total)
         self._copies: list[tuple[int, int]] = []  # running copies, as (start, end)
         self._map_calls = 0
@@ -70,30 +68,18 @@ class HostDevice:
 
     def reserve(self, size_bytes: int) -> int:
         """Reserve addresses; a range of a GiB or more is aligned so that whole GiBs can move."""
-        if size_bytes <= 0:
-            raise DeviceMisuse(f"cannot reserve {size_bytes} bytes")
-        size_bytes = -(-size_bytes // self.page_bytes) * self.page_bytes
+        size_bytes = self._table.rounded(size_bytes)
         with self._lock:
             self._check_open()
             address = self._memory.reserve(size_bytes, self._alignment(size_bytes))
-            self._reserved[address] = size_bytes
-            bisect.insort(self._starts, address)
+            self._table.reserve(address, size_bytes)
         return address
 
     def release(self, address: int) -> None:
         """Give a reserved range back. Refused while a page is mapped in it."""
         with self._lock:
-            size_bytes = self._reserved.get(address)
-            if size_bytes is None:
-                raise DeviceMisuse(f"{address:#x} is not the start of a reserved range")
-            for place in range(address, address + size_bytes, self.page_bytes):
-                if place in self._at:
-                    raise DeviceMisuse(
-                        f"the range at {address:#x} still has page {self._at[place]}"
-                    )
-            self._memory.release(address, size_bytes)
-            del self._reserved[address]
-            self._starts.remove(address)
+            self._memory.release(address, self._table.check_release(address))
+            self._table.release(address)
 
     # Pages.
 
@@ -103,10 +89,10 @@ class HostDevice:
         for page in pages:
             with self._lock:
                 self._check_open()
-                self._check_page(page)
+                self._table.check_page(page)
                 if self._present[page]:
                     continue
-                place = self._place.get(page, self._home_of(page))
+                place = self._table.place.get(page, self._home_of(page))
                 self._memory.populate(place, self.page_bytes, write=True)
                 self._present[page] = 1
                 fresh += 1
@@ -116,15 +102,7 @@ class HostDevice:
         """Move pages from home to `address` and on, run by run."""
         with self._lock:
             self._check_open()
-            self._check_range(address, len(pages))
-            if len(set(pages)) != len(pages):
-                raise DeviceMisuse("a page was given twice in one call")
-            for index, page in enumerate(pages):
-                self._check_page(page)
-                if page in self._place:
-                    raise DeviceMisuse(f"page {page} is mapped already")
-                if address + index * self.page_bytes in self._at:
-                    raise DeviceMisuse(f"{address + index * self.page_bytes:#x} is mapped already")
+            self._table.check_map(address, pages)
             done: list[tuple[int, int, int]] = []
             try:
                 for first, count, place in self._runs(address, pages):
@@ -134,47 +112,47 @@ class HostDevice:
                 for first, count, place in done:
                     self._move(place, self._home_of(first), count)
                 raise
-            for index, page in enumerate(pages):
-                self._at[address + index * self.page_bytes] = page
-                self._place[page] = address + index * self.page_bytes
+            self._table.map(address, pages)
 
     def unmap(self, address: int, count: int) -> tuple[int, ...]:
         """Move pages back home, run by run; their former addresses are inaccessible again."""
         with self._lock:
             self._check_open()
-            self._check_range(address, count)
+            pages = self._table.check_unmap(address, count)
             end = address + count * self.page_bytes
-            places = range(address, end, self.page_bytes)
-            if any(place not in self._at for place in places):
-                raise DeviceMisuse(f"not every page of the {count} from {address:#x} on is mapped")
             if any(start < end and address < stop for start, stop in self._copies):
-                raise DeviceMisuse(f"a copy of the {count} pages from {address:#x} on is running")
-            pages = tuple(self._at[place] for place in places)
+                raise DeviceMisuse(f"a copy in the {count} pages from {address:#x} on is running")
             for first, run, place in self._runs(address, pages):
                 self._move(place, self._home_of(first), run)
-                for page in range(first, first + run):
-                    del self._at[self._place.pop(page)]
+                self._table.unmap(range(first, first + run))
         return pages
 
     # Copies.
 
-    def register(self, address: int, size_bytes: int) -> None:
+    def register(self, address: int, size_bytes: int, *, writable: bool = False) -> None:
         """Make a mapped source present in this process's page tables; it need not be pinned."""
-        self._memory.populate(address, size_bytes, write=False)
+        self._memory.populate(address, size_bytes, write=writable)
 
     def unregister(self, address: int) -> None:
         """Nothing to undo: the page tables go with the mapping."""
 
-    def copy_in(self, destination: int, source: int, size_bytes: int) -> None:
+    def copy_in(self, destination: int, source: int, size_bytes: int) -> int:
         """Copy now, in this thread; other threads run meanwhile."""
         with self._copying(destination, size_bytes, size_bytes, _IN):
             self._memory.copy(destination, source, size_bytes)
+        return 0
+
+    def copy_out(self, destination: int, source: int, size_bytes: int) -> int:
+        """Copy now, in this thread; other threads run meanwhile."""
+        with self._copying(source, size_bytes, size_bytes, _OUT):
+            self._memory.copy(destination, source, size_bytes)
+        return 0
 
     def copy_in_rows(
         self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
     ) -> None:
         """Spread rows now, in this thread; other threads run meanwhile."""
-        span = _span(row_bytes, rows, pitch_bytes)
+        span = rows_span(row_bytes, rows, pitch_bytes)
         with self._copying(destination, span, row_bytes * rows, _IN):
             self._memory.copy_rows(destination, pitch_bytes, source, row_bytes, row_bytes, rows)
 
@@ -182,7 +160,7 @@ class HostDevice:
         self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
     ) -> None:
         """Gather rows now, in this thread; other threads run meanwhile."""
-        span = _span(row_bytes, rows, pitch_bytes)
+        span = rows_span(row_bytes, rows, pitch_bytes)
         with self._copying(source, span, row_bytes * rows, _OUT):
             self._memory.copy_rows(destination, row_bytes, source, pitch_bytes, row_bytes, rows)
 
@@ -191,15 +169,10 @@ class HostDevice:
         self, address: int, span_bytes: int, copied_bytes: int, direction: int
     ) -> Iterator[None]:
         """Keep a range of the device from being unmapped, and the link's pace."""
-        if copied_bytes <= 0:
-            raise DeviceMisuse(f"cannot copy {copied_bytes} bytes")
         copy = (address, address + span_bytes)
         with self._lock:
             self._check_open()
-            first = self._page_start(address)
-            for place in range(first, copy[1], self.page_bytes):
-                if place not in self._at:
-                    raise DeviceMisuse(f"a copy at {address:#x} reaches unmapped {place:#x}")
+            self._table.check_copy(address, span_bytes)
             self._copies.append(copy)
             started = self._clock.monotonic()
         try:
@@ -220,8 +193,11 @@ class HostDevice:
         if wait > 0:
             self._clock.sleep(wait)
 
+    def wait(self, copy: int) -> None:
+        """Copies are complete when the calls that make them return."""
+
     def synchronize(self) -> None:
-        """Copies are complete when `copy_in` returns."""
+        """Copies are complete when the calls that make them return."""
 
     # Accounts.
 
@@ -230,8 +206,8 @@ class HostDevice:
             return DeviceStatistics(
                 pages_total=self.pages_total,
                 pages_present=sum(self._present),
-                pages_mapped=len(self._at),
-                reservations=len(self._reserved),
+                pages_mapped=len(self._table.place),
+                reservations=len(self._table.reserved),
                 map_calls=self._map_calls,
                 copied_bytes=self._copied_bytes,
             )
@@ -244,13 +220,10 @@ class HostDevice:
             if self._copies:
                 raise DeviceMisuse("a copy is running: join its transfer before closing the device")
             self._closed = True
-            for address, size_bytes in self._reserved.items():
+            for address, size_bytes in self._table.reserved.items():
                 self._memory.release(address, size_bytes)
             self._memory.release(self._home, self._home_bytes)
-            self._reserved.clear()
-            self._starts.clear()
-            self._at.clear()
-            self._place.clear()
+            self._table.clear()
 
     # Inside, with the lock held.
 
@@ -269,29 +242,6 @@ class HostDevice:
     def _home_of(self, page: int) -> int:
         return self._home + page * self.page_bytes
 
-    def _page_start(self, address: int) -> int:
-        """Start of the page that holds `address`; ranges start at multiples of 2 MiB only."""
-        base, _ = self._range_of(address)
-        return address - (address - base) % self.page_bytes
-
-    def _range_of(self, address: int) -> tuple[int, int]:
-        index = bisect.bisect_right(self._starts, address) - 1
-        base = self._starts[index] if index >= 0 else -1
-        if index < 0 or address >= base + self._reserved[base]:
-            raise DeviceMisuse(f"{address:#x} is in no reserved range")
-        return base, base + self._reserved[base]
-
-    def _check_range(self, address: int, count: int) -> None:
-        base, end = self._range_of(address)
-        if count <= 0 or (address - base) % self.page_bytes:
-            raise DeviceMisuse(f"{count} pages at {address:#x}: not whole pages of the range")
-        if address + count * self.page_bytes > end:
-            raise DeviceMisuse(f"{count} pages at {address:#x} reach beyond the reserved range")
-
-    def _check_page(self, page: int) -> None:
-        if not 0 <= page < self.pages_total:
-            raise DeviceMisuse(f"page {page} does not exist: the device has {self.pages_total}")
-
     def _check_open(self) -> None:
         if self._closed:
             raise DeviceMisuse("the device is closed")
@@ -299,12 +249,3 @@ class HostDevice:
     @staticmethod
     def _alignment(size_bytes: int) -> int:
         return GIGANTIC_BYTES if size_bytes >= GIGANTIC_BYTES else HUGE_PAGE_BYTES
-
-
-def _span(row_bytes: int, rows: int, pitch_bytes: int) -> int:
-    """Bytes from the first row's start to the last one's end."""
-    if row_bytes <= 0 or rows <= 0 or pitch_bytes < row_bytes:
-        raise DeviceMisuse(
-            f"cannot copy {rows} rows of {row_bytes} bytes that are {pitch_bytes} bytes apart"
-        )
-    return (rows - 1) * pitch_bytes + row_bytes

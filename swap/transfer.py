@@ -2,13 +2,16 @@
 
 It owns one background thread per transfer and the gate at which a layer's user waits. It never maps
 pages and never frees what it was given: the region must be large enough and the source mapped until
-`join` has returned. Invariant: a layer is reported as landed only once all its bytes are on the
-device, and a gate that waits is always woken: by the layer, a failure or a cancellation.
+`join` has returned. Where copies queue on the device, the next are issued while one runs, so that
+the link never waits for this thread. Invariant: a layer is reported as landed only once all its
+bytes are on the device, and a gate that waits is always woken: by the layer, a failure or a
+cancellation.
 """
 
 from __future__ import annotations
 
 import bisect
+import collections
 import statistics
 import threading
 import time
@@ -22,7 +25,7 @@ from swap.segment import Mapping, Segment
 # Within some 5 % a copy's rate is the same from 16 MiB to 1 GiB a call. After each call the thread
 # needs the interpreter's lock, for which a busy thread lets it wait up to the switch interval (5 ms
 # unless set lower): so calls are few and long, across layers where those are small. It is also
-# what a cancelled transfer finishes first.
+# what a cancelled transfer finishes first, with those that the device lets wait behind it.
 COPY_BYTES_MAX = 64 << 20
 LINK_COPIES = 5
 
@@ -151,10 +154,15 @@ class Transfer:
         started = time.monotonic()
         try:
             ends = [span.offset_bytes + span.bytes for span in self._manifest.layers]
-            while self._bytes_done < self.bytes_total:
-                self._copy(self._bytes_done, min(COPY_BYTES_MAX, self._wait_for_pages()))
-                landed = bisect.bisect_right(ends, self._bytes_done)
-                self.gate.land(landed - self.gate.landed_layers)
+            issued: collections.deque[tuple[int, int]] = collections.deque()
+            start = 0
+            while issued or start < self.bytes_total:
+                room = self._room(start, wait=not issued)
+                if room and len(issued) <= self._device.copies_ahead:
+                    issued.append(self._issue(start, min(COPY_BYTES_MAX, room)))
+                    start = issued[-1][1]
+                else:
+                    self._land(ends, *issued.popleft())
         except TransferCancelled as error:
             self._end(error)
         except BaseException as error:  # whatever it is, the waiting step loop must hear of it
@@ -168,15 +176,21 @@ class Transfer:
         finally:
             self.seconds = time.monotonic() - started
 
-    def _wait_for_pages(self) -> int:
-        """Bytes that can be copied now: none only when it is cancelled."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._backed_bytes > self._bytes_done or self._cancelled.is_set()
-            )
-            return min(self._backed_bytes, self.bytes_total) - self._bytes_done
+    def _room(self, start: int, *, wait: bool) -> int:
+        """Bytes that can be copied from `start` on.
 
-    def _copy(self, start: int, count: int) -> None:
+        With `wait` none only when everything was begun; a cancelled transfer waits for nothing.
+        """
+        with self._changed:
+            if wait and start < self.bytes_total:
+                self._changed.wait_for(
+                    lambda: self._backed_bytes > start or self._cancelled.is_set()
+                )
+            backed = self.bytes_total if self._cancelled.is_set() else self._backed_bytes
+            return max(min(backed, self.bytes_total) - start, 0)
+
+    def _issue(self, start: int, count: int) -> tuple[int, int]:
+        """Begin to copy a stretch; returns the copy's number and where the stretch ends."""
         if self._cancelled.is_set():
             raise TransferCancelled(
                 f"the transfer of image {self._manifest.digest[:12]} was cancelled after "
@@ -184,9 +198,14 @@ class Transfer:
                 bytes_done=self._bytes_done,
                 bytes_total=self.bytes_total,
             )
-        self._device.copy_in(self._destination + start, self._source + start, count)
-        self._device.synchronize()
-        self._bytes_done = start + count
+        copy = self._device.copy_in(self._destination + start, self._source + start, count)
+        return copy, start + count
+
+    def _land(self, ends: list[int], copy: int, end: int) -> None:
+        """Wait for a stretch, and let its complete layers be used."""
+        self._device.wait(copy)
+        self._bytes_done = end
+        self.gate.land(bisect.bisect_right(ends, end) - self.gate.landed_layers)
 
     def _end(self, error: SwapError) -> None:
         try:

@@ -111,6 +111,13 @@ class VirtualMemory:
             raise self._error(f"map a segment of {size_bytes} bytes")
         return int(address)
 
+    def map_shared(self, address: int, size_bytes: int, descriptor: int, offset: int) -> None:
+        """Put part of a file over a reserved range, to be read and written."""
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+        mapped = self._mmap(address, size_bytes, protection, flags, descriptor, offset)
+        if mapped in (None, _MAP_FAILED):
+            raise self._error(f"map {size_bytes} bytes of a file")
+
     def copy(self, destination: int, source: int, size_bytes: int) -> None:
         """Plain memmove between addresses."""
         ctypes.memmove(destination, source, size_bytes)

@@ -41,23 +41,35 @@ def commands(
         ]
 
     def start_worker(partition: str, generation: int) -> list[str]:
-        simulated = bool(config.node.simulate)
-        memory = worker.memory_bytes if simulated else partitions[partition].memory_bytes
-        throttle = (
-            ("--link-bytes-per-s", repr(worker.link_bytes_per_s)) if worker.link_bytes_per_s else ()
-        )
+        page = ("--page-bytes", str(worker.page_bytes)) if worker.page_bytes else ()
         return [
             *(sys.executable, "-m", "engine.worker.main"),
             *("--partition", partition),
             *("--runtime-dir", str(config.runtime_dir)),
             *("--generation", str(generation)),
-            *("--device", "host"),
-            *("--memory-bytes", str(memory)),
-            *("--page-bytes", str(worker.page_bytes)),
+            *_device(config, partitions[partition]),
+            *page,
             *("--threads", str(threads)),
             *("--step-tokens", str(worker.step_tokens)),
             *("--parking-bytes", str(worker.parking_bytes)),
-            *throttle,
         ]
 
     return Commands(config.runtime_dir, log_dir, gateway, start_worker)
+
+
+def _device(config: Config, partition: Partition) -> list[str]:
+    """What a worker computes on: the host's memory for a simulated partition, else its GPU."""
+    worker = config.worker
+    if config.node.simulate:
+        throttle = worker.link_bytes_per_s
+        return [
+            *("--device", "host"),
+            *("--memory-bytes", str(worker.memory_bytes)),
+            *(("--link-bytes-per-s", repr(throttle)) if throttle else ()),
+        ]
+    return [
+        *("--device", "cuda"),
+        *("--gpu", partition.gpu_uuid),
+        *("--memory-bytes", str(partition.memory_bytes)),
+        *("--workspace-bytes", str(worker.workspace_bytes)),
+    ]

@@ -90,12 +90,15 @@ class Worker(Section):
     """What every worker is started with.
 
     `threads` 0 shares the host's cores among the workers. `memory_bytes` is what a simulated
-    partition has; a real one has what its GPU says. `link_bytes_per_s` 0 does not throttle copies.
+    partition has; a real one has what its GPU says, of which `workspace_bytes` are left to CUDA and
+    to what steps compute in. `page_bytes` 0 is what suits the device: 2 MiB on the host, 64 MiB on
+    a GPU. `link_bytes_per_s`, for simulated partitions, 0 does not throttle copies.
     `parking_bytes` is host memory for the KV of paused requests, taken as it is needed.
     """
 
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    page_bytes: Annotated[int, Field(ge=2 << 20, le=1 << 30), AfterValidator(_page)] = 2 << 20
+    page_bytes: Annotated[int, Field(ge=0, le=1 << 30), AfterValidator(_page)] = 0
+    workspace_bytes: Annotated[int, Field(ge=1 << 30, le=1 << 46)] = 3 << 30
     memory_bytes: Annotated[int, Field(ge=16 << 20, le=1 << 46)] = 1 << 30
     step_tokens: Annotated[int, Field(ge=16, le=1 << 20)] = 512
     running_requests_max: Count = 64

@@ -191,7 +191,7 @@ class Exchange:
         self._reach(FailPoint.COPIED)
         self.order.enter(Stage.VERIFYING)
         with self.journal.phase("verify_ms"):
-            verify_weights(incoming.image, incoming.address, self._request.operation)
+            self._verify(incoming)
         incoming.move(EngineStatus.STAGED)
 
     def _note_parked(self, evacuation: Evacuation) -> None:
@@ -245,7 +245,7 @@ class Exchange:
                 self._reach(FailPoint.ROLLING_BACK)
                 if resident.status is EngineStatus.STANDBY:
                     yield from Copy(resident, self.order, self._wake).wait()
-                    verify_weights(resident.image, resident.address, self._request.operation)
+                    self._verify(resident)
                     resident.move(EngineStatus.STAGED)
                 if before is EngineStatus.ACTIVE and resident.status is not EngineStatus.FAILED:
                     self._desk.deliver(resident.serve())
@@ -256,6 +256,10 @@ class Exchange:
                     self._residency.fail(resident, error)
             else:
                 return
+
+    def _verify(self, resident: Resident) -> None:
+        device, salt = self._residency.pool.device, self._request.operation
+        verify_weights(device, resident.image, resident.address, salt)
 
     def _reach(self, point: FailPoint) -> None:
         self._failpoints.reach(point, self.order.hang)

@@ -8,13 +8,10 @@ closed either way, since a mapping keeps the memory alive without one.
 
 from __future__ import annotations
 
-from swap.device import DeviceMemory
+from swap.device import REGISTER_BYTES_MAX, DeviceMemory
 from swap.errors import CorruptWeights
 from swap.image import Manifest, read_manifest
 from swap.segment import Mapping, Segment
-
-REGISTER_BYTES_MAX = 1 << 30
-"""Registered by one call at most: pinning holds driver locks that others wait for meanwhile."""
 
 
 class Image:

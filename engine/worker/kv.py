@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
+from engine.device_tensors import bytes_at
 from swap.arena import Region
 from swap.errors import InsufficientDeviceMemory
-from swap.virtual_memory import view_of
 
 
 class FlooredKvSpace:
@@ -81,7 +81,7 @@ class FlooredKvSpace:
     def memory(self) -> torch.Tensor:
         """The whole range as uint8, unmapped pages included: those must not be touched."""
         size_bytes = self.pages_max * self.page_bytes
-        return torch.frombuffer(view_of(self._region.address, size_bytes), dtype=torch.uint8)
+        return bytes_at(self._region.pool.device.kind, self._region.address, size_bytes)
 
     def _give_back(self) -> None:
         self._region.shrink(max(0, self.mapped - max(self.pages, self._floor)))

@@ -1,7 +1,7 @@
 """The worker's program: `python -m engine.worker.main --partition ID --runtime-dir DIR ...`.
 
-Owns the process's settings: its arguments, session, logging and how torch's threads wait. It takes
-everything from its arguments. Invariant: the worker outlives whoever started it.
+Owns the process's settings: its arguments, session, logging, its GPU and how torch's threads wait.
+It takes everything from its arguments. Invariant: the worker outlives whoever started it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
         _leave_session()
-        # It must be there before torch is loaded, hence the late import.
+        # These must be there before torch is loaded, hence the late import.
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+        if options.gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = options.gpu
         from engine.worker.process import serve
 
         return asyncio.run(serve(options))

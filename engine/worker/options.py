@@ -11,11 +11,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from engine.worker.errors import OptionInvalid
 from engine.worker.failpoints import FailPoint, Trigger, parse_failpoints
 
 HOST_PAGE_BYTES = 2 << 20
+CUDA_PAGE_BYTES = 64 << 20
+WORKSPACE_BYTES = 3 << 30
 STEP_TOKENS = 512
 PARKING_BYTES = 1 << 30
 SOCKET_PATH_BYTES_MAX = 107
@@ -31,6 +34,11 @@ class Options:
     generation: int
     memory_bytes: int
     page_bytes: int = HOST_PAGE_BYTES
+    device: Literal["host", "cuda"] = "host"
+    gpu: str = ""
+    """UUID of the GPU, or of its MIG instance; empty: the first that is visible."""
+    workspace_bytes: int = 0
+    """Part of `memory_bytes` that is left to the CUDA context and to what steps compute in."""
     threads: int = 1
     link_bytes_per_s: float | None = None
     """Throttle of the link; None: as fast as it goes."""
@@ -41,6 +49,11 @@ class Options:
     stage_timeout_s: float = 30.0
     """Longest that one stage of an exchange may take, draining apart."""
     failpoints: Mapping[FailPoint, Trigger] = field(default_factory=dict)
+
+    @property
+    def pool_bytes(self) -> int:
+        """What weights and KV share."""
+        return self.memory_bytes - self.workspace_bytes
 
     @property
     def directory(self) -> Path:
@@ -61,9 +74,11 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument("--partition", required=True)
     parser.add_argument("--runtime-dir", type=Path, required=True)
     parser.add_argument("--generation", type=int, required=True)
-    parser.add_argument("--device", choices=["host"], default="host")
+    parser.add_argument("--device", choices=["host", "cuda"], default="host")
+    parser.add_argument("--gpu", default="")
+    parser.add_argument("--workspace-bytes", type=int)
     parser.add_argument("--memory-bytes", type=int, required=True)
-    parser.add_argument("--page-bytes", type=int, default=HOST_PAGE_BYTES)
+    parser.add_argument("--page-bytes", type=int)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--link-bytes-per-s", type=float)
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
@@ -71,7 +86,11 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument("--stage-timeout-s", type=float, default=30.0)
     parser.add_argument("--failpoints", type=parse_failpoints, default={}, help=argparse.SUPPRESS)
     values = vars(parser.parse_args(arguments))
-    del values["device"]
+    cuda = values["device"] == "cuda"
+    if values["page_bytes"] is None:
+        values["page_bytes"] = CUDA_PAGE_BYTES if cuda else HOST_PAGE_BYTES
+    if values["workspace_bytes"] is None:
+        values["workspace_bytes"] = WORKSPACE_BYTES if cuda else 0
     options = Options(**values)
     _check(options)
     return options
@@ -89,7 +108,8 @@ def _check(options: Options) -> None:
     ranges: tuple[tuple[str, float, float], ...] = (
         ("generation", options.generation, 0),
         ("page-bytes", options.page_bytes, HOST_PAGE_BYTES),
-        ("memory-bytes", options.memory_bytes, options.page_bytes),
+        ("workspace-bytes", options.workspace_bytes, 0),
+        ("memory-bytes", options.memory_bytes, options.page_bytes + options.workspace_bytes),
         ("threads", options.threads, 1),
         ("step-tokens", options.step_tokens, 1),
         ("parking-bytes", options.parking_bytes, 0),
@@ -102,5 +122,9 @@ def _check(options: Options) -> None:
         raise OptionInvalid(
             f"--page-bytes is {options.page_bytes}; it must be a multiple of {HOST_PAGE_BYTES}"
         )
+    if options.device == "cuda" and options.link_bytes_per_s is not None:
+        raise OptionInvalid("--link-bytes-per-s throttles the host device's link, not a GPU's")
+    if options.device == "host" and options.gpu:
+        raise OptionInvalid(f"--gpu {options.gpu} is for --device cuda")
     if options.link_bytes_per_s is not None and not options.link_bytes_per_s > 0:
         raise OptionInvalid("--link-bytes-per-s must be above 0; leave it out for no throttle")

@@ -25,6 +25,9 @@ from engine.worker.options import Options
 from engine.worker.residency import Residency
 from engine.worker.token_side import TokenSide
 from swap.arena import PagePool
+from swap.cuda_device import CudaDevice
+from swap.device import DeviceMemory
+from swap.errors import SwapError
 from swap.host_device import HostDevice
 from swap.transfer import measure_link
 
@@ -43,12 +46,7 @@ async def serve(options: Options) -> int:
     """
     torch.set_num_threads(options.threads)
     listeners = Listeners(options.directory)
-    device = HostDevice(
-        options.memory_bytes,
-        page_bytes=options.page_bytes,
-        link_bytes_per_s=options.link_bytes_per_s,
-    )
-    pool = PagePool(device)
+    pool = PagePool(open_device(options))
     worker = _Worker(options, pool)
     try:
         listeners.listen(options.control_socket, worker.control.connected)
@@ -60,6 +58,25 @@ async def serve(options: Options) -> int:
     finally:
         await listeners.close()
     return status
+
+
+def open_device(options: Options) -> DeviceMemory:
+    """The memory that the options name; of a GPU all but the workspace.
+
+    Raises DeviceError when there is no such device.
+    """
+    if options.device == "host":
+        return HostDevice(
+            options.pool_bytes,
+            page_bytes=options.page_bytes,
+            link_bytes_per_s=options.link_bytes_per_s,
+        )
+    device = CudaDevice(options.pool_bytes, page_bytes=options.page_bytes)
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    # What torch allocates for itself must not grow into other partitions' memory on the same GPU.
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, options.workspace_bytes / total_bytes))
+    return device
 
 
 class _Worker:
@@ -77,7 +94,7 @@ class _Worker:
         )
         self.residency = Residency(pool, desk, options.step_tokens, options.parking_bytes)
         self.residency.link_bytes_per_s = options.link_bytes_per_s or measure_link(
-            pool, min(MEASURE_BYTES, options.memory_bytes)
+            pool, min(MEASURE_BYTES, options.pool_bytes)
         )
         self.loop = StepLoop(
             self.residency,
@@ -140,7 +157,11 @@ class _Worker:
 
     def _prefault(self) -> None:
         """Make every page present in the background, so that no swap pays for it."""
-        for page in range(self._pool.total_pages):
-            if self._stopping.is_set():
-                return
-            self._pool.device.prefault((page,))
+        try:
+            for page in range(self._pool.total_pages):
+                if self._stopping.is_set():
+                    return
+                self._pool.device.prefault((page,))
+        except SwapError as error:
+            # An exchange that needs the page will say the same, and be rolled back.
+            log.error("the partition's memory is not all there: %s", error)

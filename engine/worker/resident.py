@@ -8,11 +8,11 @@ there or landing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 
+from engine.device_tensors import bytes_at
 from engine.engine import Engine
 from engine.kv_layout import KvLayout
 from engine.limits import EngineLimits
@@ -28,7 +28,6 @@ from swap.arena import PagePool, Region
 from swap.image import Manifest
 from swap.parking import ParkingArea
 from swap.transfer import Transfer
-from swap.virtual_memory import view_of
 
 
 class Resident:
@@ -69,7 +68,7 @@ class Resident:
         self._kv = Region(pool, f"{spec.model} KV", pool.total_pages * pool.page_bytes)
         try:
             self._space = FlooredKvSpace(self._kv, reclaim)
-            self._tensors = weight_views(manifest, self._weights.address)
+            self._tensors = weight_views(manifest, self._weights)
             self.engine = Engine(shape, None, self._space, limits, dtype=manifest.dtype)
         except BaseException:
             self._weights.release()
@@ -294,14 +293,13 @@ def kv_pages_min(spec: EngineSpec, manifest: Manifest, page_bytes: int) -> int:
     return layout.pages_for(spec.context_tokens)
 
 
-def weight_views(manifest: Manifest, address: int) -> dict[str, torch.Tensor]:
-    """The image's tensors at `address`, by name; nothing is touched until they are used."""
+def weight_views(manifest: Manifest, region: Region) -> dict[str, torch.Tensor]:
+    """The image's tensors in a region, by name; nothing is touched until they are used."""
+    whole = bytes_at(region.pool.device.kind, region.address, manifest.weights_bytes)
     views: dict[str, torch.Tensor] = {}
     for entry in manifest.tensors:
-        view = view_of(address + entry.offset_bytes, entry.size_bytes)
-        dtype: torch.dtype = getattr(torch, entry.dtype)
-        flat = torch.frombuffer(view, dtype=dtype, count=math.prod(entry.shape))
-        views[entry.name] = flat.view(entry.shape)
+        flat = whole[entry.offset_bytes : entry.offset_bytes + entry.size_bytes]
+        views[entry.name] = flat.view(getattr(torch, entry.dtype)).view(entry.shape)
     return views
 
 

@@ -4,18 +4,21 @@ Owns the choice of a sample, bounded in bytes and so in milliseconds, and the co
 repairs anything. Small tensors are compared with the checksums in the manifest, which also shows
 that the host's copy is what was built; pieces spread evenly over all weights, the large tensors'
 among them, are compared with the host's copy byte by byte. The image's layout was checked against
-its digest when it was attached. The sample depends on `salt`, so that every exchange draws another.
+its digest when it was attached. All of the sample is read back at once. It depends on `salt`, so
+that every exchange draws another.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import random
+from collections.abc import Sequence
 
 from engine.worker.images import Image
+from swap.device import DeviceMemory
 from swap.errors import CorruptWeights
 from swap.image import Manifest, TensorEntry, checksum_of
-from swap.virtual_memory import view_of
 
 CHECKSUM_BYTES_MAX = 2 << 20
 """Hashed at most: about a millisecond's worth."""
@@ -23,17 +26,34 @@ PIECES = 256
 PIECE_BYTES = 4096
 
 
-def verify_weights(image: Image, address: int, salt: str) -> None:
+def verify_weights(device: DeviceMemory, image: Image, address: int, salt: str) -> None:
     """Compare a sample of the weights at `address` with their image. Raises CorruptWeights."""
     draw = random.Random(f"{image.digest}{salt}")
-    for entry in sampled_tensors(image.manifest, draw):
-        view = view_of(address + entry.offset_bytes, entry.size_bytes)
-        if checksum_of(hashlib.sha256(view)) != entry.checksum:
+    tensors = sampled_tensors(image.manifest, draw)
+    pieces = sampled_pieces(image.manifest.weights_bytes, draw)
+    wanted = [*((entry.offset_bytes, entry.size_bytes) for entry in tensors), *pieces]
+    found = read_back(device, address, wanted)
+    for entry, here in zip(tensors, found, strict=False):
+        if checksum_of(hashlib.sha256(here)) != entry.checksum:
             raise _corrupt(image, f"tensor {entry.name} does not match its checksum")
-    for offset, count in sampled_pieces(image.manifest.weights_bytes, draw):
-        here = view_of(address + offset, count)
+    for (offset, count), here in zip(pieces, found[len(tensors) :], strict=True):
         if bytes(here) != bytes(image.source.view(offset, count)):
             raise _corrupt(image, f"bytes {offset} to {offset + count} differ from the host's copy")
+
+
+def read_back(
+    device: DeviceMemory, address: int, wanted: Sequence[tuple[int, int]]
+) -> list[memoryview]:
+    """What the device has at each (offset from `address`, bytes)."""
+    buffer = ctypes.create_string_buffer(sum(count for _, count in wanted))
+    start, view, found = ctypes.addressof(buffer), memoryview(buffer).cast("B"), []
+    at = 0
+    for offset, count in wanted:
+        device.copy_out(start + at, address + offset, count)
+        found.append(view[at : at + count])
+        at += count
+    device.synchronize()
+    return found
 
 
 def sampled_tensors(manifest: Manifest, draw: random.Random) -> list[TensorEntry]:

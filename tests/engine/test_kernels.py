@@ -171,7 +171,7 @@ def test_norm_and_activation() -> None:
 def test_linear_with_and_without_bias(dtype: torch.dtype, count: int) -> None:
     rows = torch.randn(count, 40).to(dtype)
     weight, bias = torch.randn(24, 40).to(dtype), torch.randn(24).to(dtype)
-    linear = dense.choose_linear(dtype)
+    linear = dense.choose_linear(dtype, torch.device("cpu"))
     exact = rows.double() @ weight.double().T
     bound = 1e-4 if dtype is torch.float32 else 0.2
     assert (linear(rows, weight, None).double() - exact).abs().max() < bound

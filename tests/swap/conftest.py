@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from swap.host_device import HostDevice
 from swap.image import (
     Manifest,
     TensorRecipe,
@@ -24,6 +23,7 @@ from swap.image import (
     write_manifest,
 )
 from swap.segment import Segment
+from tests.support.devices import DeviceFactory, device_factory
 
 MIB = 1 << 20
 
@@ -57,23 +57,11 @@ def stepped_clock() -> type[SteppedClock]:
     return SteppedClock
 
 
-DeviceFactory = Callable[..., Any]
-
-
-@pytest.fixture(params=["host"])
+@pytest.fixture(params=["host", "cuda over a fake driver"])
 def make_device(request: pytest.FixtureRequest) -> Iterator[DeviceFactory]:
-    """Opens devices of every kind there is, by pages; closed afterwards."""
-    kinds = {"host": HostDevice}
-    opened = []
-
-    def make(pages: int, **options: Any) -> Any:
-        device = kinds[request.param](pages * options.get("page_bytes", 2 * MIB), **options)
-        opened.append(device)
-        return device
-
-    yield make
-    for device in opened:
-        device.close()
+    """Opens devices of every kind whose memory a test can read, by pages; closed afterwards."""
+    with device_factory(request.param) as make:
+        yield make
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 
 from swap.arena import PagePool, Region
 from swap.errors import DeviceMisuse, TransferCancelled
+from swap.host_device import HostDevice
 from swap.parking import ParkingArea
 from swap.transfer import Transfer
 from swap.virtual_memory import view_of
@@ -98,6 +99,8 @@ def test_rows_are_gathered_and_spread(make_device, row_bytes: int) -> None:
 def test_pages_are_not_unmapped_while_they_are_copied_out(make_device, stepped_clock) -> None:
     clock = stepped_clock(blocking=True)
     device = make_device(1, link_bytes_per_s=1.0, clock=clock)
+    if not isinstance(device, HostDevice):
+        pytest.skip("there every row is a copy of its own, and paced as one")
     base = device.reserve(PAGE)
     device.map(base, (0,))
     buffer = ctypes.create_string_buffer(64)

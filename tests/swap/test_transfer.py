@@ -67,7 +67,7 @@ def test_the_image_arrives_whole(stage, small_copies):
 
 def test_layers_land_one_by_one_in_order(stage, small_copies, stepped_clock):
     clock = stepped_clock(blocking=True)
-    transfer, manifest, _, _ = stage(link_bytes_per_s=1.0, clock=clock)
+    transfer, manifest, _, region = stage(link_bytes_per_s=1.0, clock=clock)
     transfer.start()
     reached = []
     copies = manifest.weights_bytes // 4096
@@ -80,9 +80,16 @@ def test_layers_land_one_by_one_in_order(stage, small_copies, stepped_clock):
         clock.step()
     transfer.join()
     ends = [span.offset_bytes + span.bytes for span in manifest.layers]
-    assert reached == [
-        (done * 4096, sum(end <= done * 4096 for end in ends)) for done in range(copies)
-    ]
+    expected = [(done * 4096, sum(end <= done * 4096 for end in ends)) for done in range(copies)]
+    if region.pool.device.copies_ahead:
+        # The transfer's thread may be late to notice a copy's end, and is never early.
+        assert all(
+            bytes_done <= done and landed <= layers
+            for (bytes_done, landed), (done, layers) in zip(reached, expected, strict=True)
+        )
+    else:
+        assert reached == expected
+    assert transfer.gate.landed_layers == len(manifest.layers)
 
 
 def test_waiting_threads_are_woken_by_their_layer(stage, small_copies):
@@ -103,15 +110,14 @@ def test_a_cancelled_transfer_stops_and_says_how_far_it_came(stage, small_copies
         transfer.start()
         assert clock.asleep.acquire(timeout=20)
         transfer.cancel()
-        clock.step()
+        ahead = region.pool.device.copies_ahead
+        clock.step(1 + ahead)
         with pytest.raises(TransferCancelled) as cancelled:
             transfer.join()
         with pytest.raises(TransferCancelled):
             waiting.result(20)
-    assert cancelled.value.metadata == {
-        "bytes_done": "4096",
-        "bytes_total": str(manifest.weights_bytes),
-    }
+    assert cancelled.value.metadata["bytes_total"] == str(manifest.weights_bytes)
+    assert cancelled.value.metadata["bytes_done"] in (("0", "4096") if ahead else ("4096",))
     assert not transfer.complete
     region.release()  # nothing is being copied any more
 
@@ -125,17 +131,18 @@ def test_cancelling_what_has_ended_changes_nothing(stage):
     assert transfer.complete
 
 
-@pytest.mark.parametrize("broken", ["copy_in", "synchronize"])
+@pytest.mark.parametrize("broken", ["copy_in", "wait"])
 def test_a_failure_wakes_everybody(stage, small_copies, monkeypatch, broken):
     transfer, manifest, _, region = stage()
     device, calls = region.pool.device, []
     real = getattr(device, broken)
+    good_calls = 4 + (device.copies_ahead if broken == "copy_in" else 0)
 
     def fail_later(*arguments):
         calls.append(arguments)
-        if len(calls) > 4:
+        if len(calls) == good_calls + 1:  # once: what was issued is still waited for
             raise DeviceError("the link is down")
-        real(*arguments)
+        return real(*arguments)
 
     monkeypatch.setattr(device, broken, fail_later)
     with ThreadPoolExecutor(1) as threads:

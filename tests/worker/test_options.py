@@ -23,6 +23,30 @@ def test_arguments_become_options() -> None:
     assert (options.generation, options.threads, options.link_bytes_per_s) == (3, 2, 5e9)
 
 
+def test_a_gpu_has_large_pages_and_keeps_a_workspace() -> None:
+    options = parse_options([*BASE, "--memory-bytes", str(16 << 30), "--device", "cuda"])
+    assert (options.page_bytes, options.workspace_bytes) == (64 << 20, 3 << 30)
+    assert options.pool_bytes == 13 << 30
+    host = parse_options(SIZED)
+    assert (host.page_bytes, host.pool_bytes) == (2 << 20, 64 << 20)
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")
+def test_without_a_gpu_a_worker_for_one_says_what_is_missing(tmp_path: Path) -> None:
+    arguments = ["--partition", "p0", "--runtime-dir", str(tmp_path), "--generation", "1"]
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "engine.worker.main", *arguments, "--device", "cuda"),
+            *("--memory-bytes", str(16 << 30), "--gpu", "GPU-0"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 2
+    assert "install the NVIDIA driver" in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -35,6 +59,13 @@ def test_arguments_become_options() -> None:
         ([*SIZED, "--stage-timeout-s", "nan"], "--stage-timeout-s"),
         ([*SIZED, "--link-bytes-per-s", "0"], "--link-bytes-per-s"),
         ([*SIZED, "--partition", "../up"], "--partition"),
+        ([*SIZED, "--device", "cuda"], "--memory-bytes"),
+        ([*SIZED, "--gpu", "GPU-1"], "--gpu"),
+        ([*SIZED, "--workspace-bytes", "-1"], "--workspace-bytes"),
+        (
+            [*BASE, "--memory-bytes", "8000000000", *("--device", "cuda"), "--link-bytes-per-s=1"],
+            "--link-bytes-per-s",
+        ),
         ([*SIZED, "--runtime-dir", "/" + "x" * 100], "--runtime-dir"),
     ],
 )

@@ -229,12 +229,12 @@ def test_weights_that_differ_in_one_stretch_are_found(prose: Model, pool: PagePo
     transfer = Transfer(pool.device, image.manifest, image.source, region)
     transfer.start()
     transfer.join()
-    verify_weights(image, region.address, "salt")
+    verify_weights(pool.device, image, region.address, "salt")
     # A stretch that was never written, as after a copy that stopped short.
     zeros = bytes(image.manifest.weights_bytes // 4)
     ctypes.memmove(region.address + image.manifest.weights_bytes // 2, zeros, len(zeros))
     with pytest.raises(CorruptWeights, match="did not arrive whole"):
-        verify_weights(image, region.address, "salt")
+        verify_weights(pool.device, image, region.address, "salt")
     region.release()
     image.close()
 

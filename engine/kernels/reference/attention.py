@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as functional
 
+from engine.device_tensors import placed
 from engine.kernels.protocol import Span
 from engine.kernels.reference.grouping import group_runs
 from engine.kernels.reference.paged_kv import PagedKv
@@ -114,7 +115,11 @@ class Gathering:
         if self._buffers is None or self._buffers[0].numel() < rows * width:
             size = 1 << (rows * width - 1).bit_length()
             dtype = self._kv.keys[layer].dtype
-            self._buffers = (torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype))
+            device = self._kv.device
+            self._buffers = (
+                torch.empty(size, dtype=dtype, device=device),
+                torch.empty(size, dtype=dtype, device=device),
+            )
         keys, values = (buffer[: rows * width].view(rows, width) for buffer in self._buffers)
         torch.index_select(self._kv.keys[layer], 0, group.gather, out=keys)
         torch.index_select(self._kv.values[layer], 0, group.gather, out=values)
@@ -172,16 +177,16 @@ def _group(
     padded = unpadded = None
     if queries > 1 and counts.min() != queries:
         firsts = np.cumsum(counts) - counts
-        padded = torch.from_numpy((firsts[:, None] + offsets).reshape(-1))
+        padded = placed(torch.from_numpy((firsts[:, None] + offsets).reshape(-1)), kv.device)
         real = np.arange(queries) < counts[:, None]
-        unpadded = torch.from_numpy(np.flatnonzero(real))
+        unpadded = placed(torch.from_numpy(np.flatnonzero(real)), kv.device)
     return Group(
         tokens=slice(first_token, first_token + int(counts.sum())),
         sequences=len(spans),
         queries=queries,
         slots=slots,
         gather=kv.gather_index(_tables(spans, kv.layout.block_tokens, blocks)),
-        mask=mask,
+        mask=placed(mask, kv.device),
         padded=padded,
         unpadded=unpadded,
     )

@@ -21,15 +21,15 @@ included: 201 against 169 GFLOP/s at 32 rows of a 1024 x 512 weight, 211 against
 even at 128 rows, and below 8 rows memory is what limits both."""
 
 
-def choose_linear(dtype: torch.dtype) -> Linear:
-    """The fastest product for this processor and dtype.
+def choose_linear(dtype: torch.dtype, device: torch.device) -> Linear:
+    """The fastest product for this device and dtype; on a GPU it is torch's own.
 
     In float32 torch takes MKL, which on processors of other makers than Intel runs at about half
     the rate of oneDNN (75 against 150 GFLOP/s at 32 rows, measured as above). oneDNN is reached
     through the operator that torch's compiler uses; where a build lacks it, or for another dtype,
     torch chooses.
     """
-    if dtype is torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if device.type == "cpu" and dtype is torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
         if operator is not None:
             return _onednn_linear(operator.default)

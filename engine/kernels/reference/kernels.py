@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.device_tensors import placed
 from engine.kernels.protocol import NormWeights, Span
 from engine.kernels.reference import dense
 from engine.kernels.reference.attention import (
@@ -25,20 +26,22 @@ from engine.models.spec import ModelSpec
 
 
 class ReferenceKernels:
-    """See `engine.kernels.protocol.Kernels`; `memory` is the KV memory as uint8."""
+    """See `engine.kernels.protocol.Kernels`; `memory` is the KV memory as uint8, on the
+    device that computes."""
 
     def __init__(self, spec: ModelSpec, layout: KvLayout, memory: torch.Tensor) -> None:
         self._spec = spec
         self._dtype: torch.dtype = getattr(torch, layout.dtype)
         self._kv = PagedKv(layout, memory)
         self._attention = Gathering(self._kv, spec.heads)
-        self._frequencies = frequencies(spec.rope, spec.head_dim)
-        self._linear = dense.choose_linear(self._dtype)
+        self._device = memory.device
+        self._frequencies = frequencies(spec.rope, spec.head_dim).to(self._device)
+        self._linear = dense.choose_linear(self._dtype, self._device)
 
     def plan(self, spans: Sequence[Span], positions: torch.Tensor) -> Plan:
         self._kv.clear(entered_blocks(spans, self._kv.layout.block_tokens))
         return Plan(
-            angles=angles(positions, self._frequencies, self._dtype),
+            angles=angles(placed(positions, self._device), self._frequencies, self._dtype),
             write=write_index(self._kv, spans, positions.numpy()),
             groups=make_groups(self._kv, spans, self._dtype),
         )

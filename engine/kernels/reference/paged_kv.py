@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.device_tensors import placed
 from engine.kv_layout import KvLayout
 
 Index = npt.NDArray[np.int64]
@@ -27,6 +28,7 @@ class PagedKv:
 
     def __init__(self, layout: KvLayout, memory: torch.Tensor) -> None:
         self.layout = layout
+        self.device = memory.device
         flat = memory.view(getattr(torch, layout.dtype))
         page, heads = layout.page_elements, layout.kv_heads
         tile, dim = layout.tile_elements, layout.head_dim
@@ -61,14 +63,14 @@ class PagedKv:
         pages, blocks = np.divmod(tables, self.layout.blocks_per_page)
         first = pages * self._page_rows + blocks * self._block_rows
         rows = first[:, None, :, None] + self._head_rows
-        return torch.from_numpy(rows.reshape(-1))
+        return placed(torch.from_numpy(rows.reshape(-1)), self.device)
 
     def write_index(self, blocks: Index, slots: Index) -> torch.Tensor:
         """Cells of tokens at (`blocks`, `slots`) [tokens], as [token, K and V, head, cell]."""
         pages, inner = np.divmod(blocks, self.layout.blocks_per_page)
         first = pages * self._page_cells + inner * self._block_cells + slots * self._slot_cells
         cells = first[:, None, None, None] + self._cells
-        return torch.from_numpy(cells.reshape(-1))
+        return placed(torch.from_numpy(cells.reshape(-1)), self.device)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks over all layers.
@@ -78,4 +80,5 @@ class PagedKv:
         """
         if blocks:
             pages, inner = np.divmod(np.array(blocks), self.layout.blocks_per_page)
-            self._blocks[torch.from_numpy(pages), :, torch.from_numpy(inner)] = 0
+            index = placed(torch.from_numpy(np.stack((pages, inner))), self.device)
+            self._blocks[index[0], :, index[1]] = 0

@@ -1,0 +1,47 @@
+"""The command lines that children are started with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from daemon.control.commands import commands
+from daemon.control.config import load
+from engine.worker.options import parse_options
+from partitioner.partition import Partition, PartitionKind
+
+GPU = Partition("gpu0", PartitionKind.WHOLE, "GPU-12ab", 0, 80 << 30, 132, 1)
+
+
+def worker_arguments(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "hotbayd.toml"
+    path.write_text(text)
+    overrides = {"runtime_dir": "/run/x", "state_dir": "/var/x"}
+    made = commands(load(path, overrides, {}), {"gpu0": GPU}, lambda: ("", ""), None)
+    return made.worker("gpu0", 3)[3:]
+
+
+def test_a_partition_of_a_real_gpu_computes_on_it(tmp_path: Path) -> None:
+    options = parse_options(worker_arguments(tmp_path, ""))
+    assert (options.device, options.gpu, options.generation) == ("cuda", "GPU-12ab", 3)
+    assert (options.memory_bytes, options.pool_bytes) == (80 << 30, 77 << 30)
+    assert options.page_bytes == 64 << 20
+
+
+@pytest.mark.parametrize(("throttle", "rate"), [("0", None), ("5e9", 5e9)])
+def test_a_simulated_one_computes_on_the_host(
+    tmp_path: Path, throttle: str, rate: float | None
+) -> None:
+    text = f"""
+[node]
+simulate = "h200x1"
+[worker]
+memory_bytes = 67108864
+page_bytes = 4194304
+link_bytes_per_s = {throttle}
+"""
+    options = parse_options(worker_arguments(tmp_path, text))
+    assert (options.device, options.gpu, options.workspace_bytes) == ("host", "", 0)
+    assert (options.memory_bytes, options.page_bytes) == (64 << 20, 4 << 20)
+    assert options.link_bytes_per_s == rate
