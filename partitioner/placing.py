@@ -44,13 +44,16 @@ class _Search:
             for each in own
         }
         self._all_ms = sum(self._cost_ms.values())
+        # Shares tell wishes apart only where an instance that has some could be kept.
+        shapes = [_shape(each, bool(state.shares)) for each in wanted]
         # Alike wishes stand together, so that their permutations are searched once.
         order = sorted(
             range(len(wanted)),
-            key=lambda i: (len(wanted[i].options), _shape(wanted[i]), i),
+            key=lambda i: (len(wanted[i].options), shapes[i], i),
         )
         self._order = order
         self._wanted = [wanted[index] for index in order]
+        self._shapes = [shapes[index] for index in order]
         self._options = [
             sorted(set(each.options), key=lambda place: (place not in own, place))
             for each in self._wanted
@@ -60,6 +63,8 @@ class _Search:
         self._fragments: dict[tuple[Instance, ...], float] = {}
 
     def run(self) -> tuple[Instance, ...] | None:
+        if len(self._wanted) > self._geometry.compute_slices:
+            return None
         taken = 0
         counts = Counter(each.profile for each in self._fixed)
         slices = self._geometry.compute_slices
@@ -88,7 +93,7 @@ class _Search:
             return
         options = self._options[depth]
         first = 0
-        if depth and _shape(self._wanted[depth]) == _shape(self._wanted[depth - 1]):
+        if depth and self._shapes[depth] == self._shapes[depth - 1]:
             first = options.index(chosen[-1]) + 1
         for place in options[first:]:
             profile = self._geometry.by_name[place.profile]
@@ -126,8 +131,10 @@ class _Search:
             self._best = (score, chosen)
 
 
-def _shape(wanted: Wanted) -> tuple[object, ...]:
+def _shape(wanted: Wanted, with_shares: bool) -> tuple[object, ...]:
     """Equal for wishes that may change places."""
+    if not with_shares:
+        return (tuple(sorted(wanted.options)), [])
     limits = [
         (each.memory_bytes or 0, each.thread_percent or 0, each.owner) for each in wanted.shares
     ]
