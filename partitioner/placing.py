@@ -162,29 +162,30 @@ def nearest_fit(
     more instances than were asked for.
     """
     fixed = frozenset(foreign)
-    best: tuple[int, int, float, tuple[Instance, ...]] | None = None
+    options = [frozenset(each.options) for each in wanted]
+    best: tuple[int, int, tuple[Instance, ...]] | None = None
     for layout in legal_layouts(geometry, fixed):
         own = tuple(each for each in layout if each not in fixed)
-        if len(own) > len(wanted):
+        if len(own) > len(wanted) or (best is not None and len(own) < -best[0]):
             continue
         memory_bytes = sum(geometry.by_name[each.profile].memory_bytes for each in own)
-        score = (-_served(wanted, own), -memory_bytes, 0.0, own)
+        score = (-_served(options, own), -memory_bytes, own)
         if best is None or score < best:
             best = score
-    return best[3] if best is not None else ()
+    return best[2] if best is not None else ()
 
 
-def _served(wanted: Sequence[Wanted], layout: tuple[Instance, ...]) -> int:
+def _served(options: Sequence[frozenset[Instance]], layout: tuple[Instance, ...]) -> int:
     """How many wishes a layout serves: a maximum matching, found by augmenting paths."""
-    holder: dict[Instance, int] = {}
+    served: dict[int, Instance] = {}
 
-    def serve(index: int, tried: set[Instance]) -> bool:
-        for place in layout:
-            if place in wanted[index].options and place not in tried:
-                tried.add(place)
-                if place not in holder or serve(holder[place], tried):
-                    holder[place] = index
+    def use(place: Instance, tried: set[int]) -> bool:
+        for index, possible in enumerate(options):
+            if place in possible and index not in tried:
+                tried.add(index)
+                if index not in served or use(served[index], tried):
+                    served[index] = place
                     return True
         return False
 
-    return sum(serve(index, set()) for index in range(len(wanted)))
+    return sum(use(place, set()) for place in layout)

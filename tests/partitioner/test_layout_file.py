@@ -226,3 +226,19 @@ def test_sizes() -> None:
     for bad in ("0GiB", "-1GiB", "1", "1TB", "GiB"):
         with pytest.raises(ValueError, match="size"):
             parse_size(bad)
+
+
+def test_fetch_restore() -> None:
+    """mig-parted: TestFetchRestore; an export taken before a wipe brings the same places back."""
+    (state,) = node("h200")
+    places = {(4, "3g.71gb"), (0, "2g.35gb"), (3, "1g.18gb")}
+    there = tuple(
+        sorted(each for each in state.geometry.placements if (each.start, each.profile) in places)
+    )
+    assert len(there) == 3
+    text = export_layout([replace(state, instances=there)])
+    (gpu,) = plan_file(text, "export", [state], Costs()).gpus
+    assert (gpu.created_instances, gpu.destroyed_instances) == (there, ())
+    whole = replace(state, mig_enabled=False)
+    (gpu,) = plan_file(text, "export", [whole], Costs()).gpus
+    assert (gpu.created_instances, gpu.mig_change) == (there, "enable")
