@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from partitioner.errors import NvmlBusyError, NvmlClosedError, NvmlTimeoutError
+from partitioner.geometry import Geometry
 from partitioner.gpu import Gpu, NvmlReader, Telemetry
 from partitioner.nvml import PynvmlReader
 
@@ -146,6 +147,11 @@ class BoundedNvml:
         """Read one GPU; see `NvmlReader.telemetry`."""
         what = f"telemetry of {uuid}"
         return await self._calls.call(what, lambda: self._opened().telemetry(uuid, generation))
+
+    async def geometry(self, uuid: str, generation: int) -> Geometry:
+        """What instances a board allows; see `NvmlReader.geometry`."""
+        what = f"geometry of {uuid}"
+        return await self._calls.call(what, lambda: self._opened().geometry(uuid, generation))
 
     async def invalidate(self, uuid: str) -> int:
         """Move a GPU's generation on; see `NvmlReader.invalidate`."""

@@ -6,6 +6,7 @@ failed, on what, and what the reader can do.
     PartitionerError
     ├── DocumentError            a YAML document is refused; carries its source and line
     ├── UnknownBoardError        no board of that name in the catalogue
+    ├── LayoutDoesNotFitError    no placement of what is wanted; carries the file's line
     ├── SimulationError          a --simulate value, or the installing of the simulated library
     └── NvmlError
         ├── NvmlUnavailableError no usable NVML library or driver on this host
@@ -37,6 +38,15 @@ class DocumentError(PartitionerError):
 
 class UnknownBoardError(PartitionerError):
     """The catalogue has no board of that name."""
+
+
+class LayoutDoesNotFitError(PartitionerError):
+    """What is wanted has no legal placement. `line` is that of the GPU in the layout file, or 0."""
+
+    def __init__(self, line: int, problem: str) -> None:
+        super().__init__(problem)
+        self.line = line
+        self.problem = problem
 
 
 class SimulationError(PartitionerError):

@@ -13,6 +13,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Protocol
 
+from partitioner.geometry import Geometry, Instance
+
 # NVML tells the cores of a GPU but not its multiprocessors, so the ratio of each architecture (by
 # compute capability) has to be known. Anything else reports an SM count of 0: not known.
 CUDA_CORES_PER_SM: Mapping[tuple[int, int], int] = MappingProxyType(
@@ -39,13 +41,28 @@ class GpuHealth(StrEnum):
 
 
 @dataclass(frozen=True)
+class MigInstance:
+    """A GPU instance that exists. `number` is NVML's; it and `uuid` may come back for another one.
+
+    `uuid` is that of its MIG device, empty where it has no compute instance.
+    """
+
+    number: int
+    place: Instance
+    uuid: str
+    memory_bytes: int
+    sm_count: int
+
+
+@dataclass(frozen=True)
 class Gpu:
     """One GPU as last read. Facts of a lost GPU are the last known ones; unknown numbers are 0.
 
     `memory_bytes` is the total, of which the driver keeps `memory_reserved_bytes` for itself;
     `memory_used_bytes` is what tenants hold. `numa_node` is None where the host does not tell.
     `health_reason` says why when the health is not OK. An empty `uuid` means that the GPU was lost
-    before it was ever seen.
+    before it was ever seen. `instances` is empty without MIG mode, and None where the driver does
+    not let this process see them.
     """
 
     uuid: str
@@ -61,6 +78,7 @@ class Gpu:
     mig_capable: bool = False
     mig_enabled: bool = False
     mig_pending: bool = False
+    instances: tuple[MigInstance, ...] | None = ()
     driver_version: str = ""
     numa_node: int | None = None
     generation: int = 0
@@ -107,6 +125,10 @@ class NvmlReader(Protocol):
 
     def telemetry(self, uuid: str, generation: int) -> Telemetry:
         """Read one GPU; refuses a generation that is not the current one."""
+        ...
+
+    def geometry(self, uuid: str, generation: int) -> Geometry:
+        """What instances the board allows; without profiles where it has no MIG."""
         ...
 
     def invalidate(self, uuid: str) -> int:

@@ -22,8 +22,10 @@ from partitioner.errors import (
     NvmlUnavailableError,
     StaleGenerationError,
 )
+from partitioner.geometry import Geometry
 from partitioner.gpu import Gpu, GpuHealth, GpuProcess, Telemetry
 from partitioner.nvml_facts import call, call_optional, read_gpu, read_memory
+from partitioner.nvml_instances import read_geometry, read_instances
 
 _LOST = frozenset({pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_GPU_NOT_FOUND})
 # Errors of the library as a whole: no GPU is to blame for them.
@@ -50,6 +52,8 @@ class PynvmlReader:
         self._open = True
         self._known: dict[str, Gpu] = {}
         self._handles: dict[str, Any] = {}
+        # What a board allows does not change while its driver is loaded, and takes many calls.
+        self._geometries: dict[str, Geometry] = {}
 
     def discover(self) -> tuple[Gpu, ...]:
         """List every GPU in index order; a GPU seen before and now missing is listed as lost."""
@@ -62,7 +66,9 @@ class PynvmlReader:
             try:
                 handle = call("nvmlDeviceGetHandleByIndex", index)
                 uuid = str(call("nvmlDeviceGetUUID", handle))
-                listed[uuid] = read_gpu(handle, index, uuid, driver_version)
+                listed[uuid] = self._with_instances(
+                    read_gpu(handle, index, uuid, driver_version), handle
+                )
                 self._handles[uuid] = handle
             except NvmlCallError as error:
                 if error.code in _OF_THE_LIBRARY:
@@ -106,6 +112,10 @@ class PynvmlReader:
                 raise
             raise GpuLostError(f"GPU {uuid} fell off the bus: {error}") from error
 
+    def geometry(self, uuid: str, generation: int) -> Geometry:
+        """Read the board's profiles and placements, once; raises as `telemetry` does."""
+        return self._geometry_of(uuid, self._handle(uuid, generation))
+
     def invalidate(self, uuid: str) -> int:
         """Drop what is cached of a GPU whose geometry changed; return its new generation."""
         gpu = self._current(uuid)
@@ -119,6 +129,17 @@ class PynvmlReader:
             self._open = False
             self._handles.clear()
             call("nvmlShutdown")
+
+    def _geometry_of(self, uuid: str, handle: Any) -> Geometry:
+        if uuid not in self._geometries:
+            self._geometries[uuid] = read_geometry(handle)
+        return self._geometries[uuid]
+
+    def _with_instances(self, gpu: Gpu, handle: Any) -> Gpu:
+        if not gpu.mig_enabled:
+            return gpu
+        instances = read_instances(handle, self._geometry_of(gpu.uuid, handle))
+        return replace(gpu, instances=instances)
 
     def _require_open(self) -> None:
         if not self._open:
@@ -171,7 +192,8 @@ class PynvmlReader:
 
 
 def _geometry(gpu: Gpu) -> tuple[object, ...]:
-    return (gpu.index, gpu.pci_id, gpu.mig_enabled, gpu.health is GpuHealth.LOST)
+    lost = gpu.health is GpuHealth.LOST
+    return (gpu.index, gpu.pci_id, gpu.mig_enabled, gpu.instances, lost)
 
 
 def _in_trouble(gpu: Gpu, health: GpuHealth, reason: str) -> Gpu:

@@ -9,7 +9,7 @@ A file looks like this (`boards` may add boards of one's own, in the catalogue's
     version: 1
     gpus:
       - {board: h200, count: 2, numa_node: 0}
-      - {board: a100-80, mig_enabled: true}
+      - {board: a100-80, mig_enabled: true, instances: [{profile: 3g.40gb, start: 4}]}
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pydantic import Field
 
 from partitioner.catalogue import Board, Catalogue, load_catalogue
 from partitioner.errors import DocumentError, SimulationError, UnknownBoardError
-from partitioner.strict_yaml import KeyPath, StrictModel, parse_located, read_document
+from partitioner.geometry import Geometry, Instance, geometry_of
+from partitioner.strict_yaml import KeyPath, StrictModel, nearest, parse_located, read_document
 
 MAX_SIMULATED_GPUS = 16
 MAX_PROCESSES_PER_GPU = 64
@@ -41,12 +42,20 @@ class ProcessSpec(StrictModel):
     memory_mib: Annotated[int, Field(ge=0)]
 
 
+class InstanceSpec(StrictModel):
+    """A GPU instance that exists when the node starts, with one compute instance over all of it."""
+
+    profile: Annotated[str, Field(min_length=1, max_length=64)]
+    start: Annotated[int, Field(ge=0, lt=64)]
+
+
 class _GpuEntry(StrictModel):
     board: str
     count: Annotated[int, Field(ge=1, le=MAX_SIMULATED_GPUS)] = 1
     numa_node: Annotated[int, Field(ge=0, lt=64)] | None = None
     mig_enabled: bool = False
     processes: Annotated[tuple[ProcessSpec, ...], Field(max_length=MAX_PROCESSES_PER_GPU)] = ()
+    instances: Annotated[tuple[InstanceSpec, ...], Field(max_length=64)] = ()
 
 
 class _SimulationFile(StrictModel):
@@ -66,6 +75,7 @@ class GpuSpec:
     numa_node: int | None = None
     mig_enabled: bool = False
     processes: tuple[ProcessSpec, ...] = ()
+    instances: tuple[Instance, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,4 +146,31 @@ def _gpu_spec(
     if held_mib > room_mib:
         problem = f"processes hold {held_mib} MiB; the board {key} has {room_mib} MiB for them"
         raise DocumentError(source, lines[(*path, "processes")], problem)
-    return GpuSpec(key, board, entry.numa_node, entry.mig_enabled, entry.processes)
+    instances = _instances(entry, path, geometry_of(board), lines, source)
+    return GpuSpec(key, board, entry.numa_node, entry.mig_enabled, entry.processes, instances)
+
+
+def _instances(
+    entry: _GpuEntry,
+    path: KeyPath,
+    geometry: Geometry,
+    lines: Mapping[KeyPath, int],
+    source: str,
+) -> tuple[Instance, ...]:
+    """The instances of an entry; refused at the line of the first that cannot be there."""
+    if entry.instances and not entry.mig_enabled:
+        problem = "instances: there are none without mig_enabled: true"
+        raise DocumentError(source, lines[(*path, "instances")], problem)
+    placed: list[Instance] = []
+    for index, each in enumerate(entry.instances):
+        line = lines[(*path, "instances", index)]
+        profile = geometry.by_name.get(each.profile)
+        if profile is None:
+            hint = nearest(each.profile, geometry.by_name)
+            problem = f"the board {entry.board} has no profile {each.profile!r}{hint}"
+            raise DocumentError(source, line, problem)
+        placed.append(Instance(each.start, profile.slots, each.profile))
+        problem = geometry.problem(placed)
+        if problem:
+            raise DocumentError(source, line, f"instances: {problem}")
+    return tuple(sorted(placed))

@@ -28,6 +28,7 @@ from daemon.control.fleet import Fleet
 from daemon.control.gateway_client import GatewayClient
 from daemon.control.images import Builders, Images
 from daemon.control.journal import Contents, Journal
+from daemon.control.layouts import Layouts
 from daemon.control.metrics import Metrics
 from daemon.control.notify import Notifier
 from daemon.control.operations import Operations
@@ -150,6 +151,7 @@ class Node:
             self._hub,
             NodeService(world, self._operations, version, self._discover, lambda: self._listening),
             self._images,
+            Layouts(world, nvml.discover, nvml.geometry),
         )
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when one of the daemon's own loops does."""

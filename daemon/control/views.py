@@ -109,6 +109,19 @@ def _residence(world: World, engine: EngineState) -> partition_pb2.Residence:
 
 def gpu(world: World, each: Gpu) -> node_pb2.Gpu:
     reason = f": {each.health_reason}" if each.health_reason else ""
+    instances = [
+        node_pb2.GpuInstance(
+            id=f"gpu{each.index}/{one.place}",
+            profile=one.place.profile,
+            start=one.place.start,
+            size=one.place.size,
+            uuid=one.uuid,
+            memory_bytes=one.memory_bytes,
+            multiprocessors=one.sm_count,
+            number=one.number,
+        )
+        for one in each.instances or ()
+    ]
     return node_pb2.Gpu(
         uuid=each.uuid,
         index=each.index,
@@ -122,6 +135,8 @@ def gpu(world: World, each: Gpu) -> node_pb2.Gpu:
         numa_node=each.numa_node if each.numa_node is not None else -1,
         health=each.health.value + (reason if each.health is not GpuHealth.OK else ""),
         partitions=[part.id for part in world.partitions.values() if part.gpu_uuid == each.uuid],
+        instances=instances,
+        instances_hidden=each.instances is None,
     )
 
 

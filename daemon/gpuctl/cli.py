@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from daemon.gpuctl import cli_layouts
 from daemon.gpuctl.complete import completion_script
 from daemon.gpuctl.exits import Exit
 from daemon.gpuctl.options import (
@@ -77,6 +78,9 @@ def build() -> typer.Typer:
     models = _group("Register and look at models.")
     _declare_models(models)
     app.add_typer(models, name="model")
+    layouts = _group("Look at how GPUs are cut, and plan how they could be.")
+    cli_layouts.declare(layouts)
+    app.add_typer(layouts, name="part")
     _declare_moves(app)
     _declare_pins(app)
     _declare_run(app)

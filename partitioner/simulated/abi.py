@@ -3,7 +3,8 @@
 It owns the few ways in which NVML's functions hand values back. It knows no function and no node
 state. The invariant: nothing is written past what the caller said there is room for.
 
-A signature has one letter per C argument: h device handle, m perhaps a device handle (of a function
+A signature has one letter per C argument: h device handle, d handle of a device or of a MIG device,
+g GPU instance handle, m perhaps a device handle (of a function
 that is not simulated), u unsigned int, p pointer that must not be null, o pointer that may be null,
 s string.
 """
@@ -17,11 +18,13 @@ from typing import Any
 
 import pynvml
 
-from partitioner.simulated.node import SimulatedGpu, SimulatedNode
+from partitioner.simulated.node import SimulatedGpu, SimulatedInstance, SimulatedNode
 
 ARGUMENT_TYPES: Mapping[str, Any] = MappingProxyType(
     {
         "h": ctypes.c_void_p,
+        "d": ctypes.c_void_p,
+        "g": ctypes.c_void_p,
         "m": ctypes.c_void_p,
         "u": ctypes.c_uint,
         "p": ctypes.c_void_p,
@@ -38,6 +41,9 @@ class Status(Exception):
         super().__init__(code)
         self.code = code
 
+
+# What a handle stands for: a GPU, or an instance of it (a `d` of an instance is its MIG device).
+Held = SimulatedGpu | tuple[SimulatedGpu, SimulatedInstance]
 
 Call = Callable[..., None]
 Symbol = tuple[str, Call]

@@ -15,6 +15,7 @@ from types import MappingProxyType
 import pynvml
 
 from partitioner.catalogue import NVIDIA_PCI_VENDOR_ID
+from partitioner.geometry import MIB
 from partitioner.gpu import CUDA_CORES_PER_SM
 from partitioner.simulated.abi import (
     Status,
@@ -25,7 +26,7 @@ from partitioner.simulated.abi import (
     unsigned,
     versioned,
 )
-from partitioner.simulated.node import MIB, SimulatedGpu, SimulatedNode
+from partitioner.simulated.node import SimulatedGpu, SimulatedNode
 
 NOT_IN_A_MIG_INSTANCE = 0xFFFFFFFF
 
@@ -187,7 +188,6 @@ CALLS: Mapping[str, Symbol] = MappingProxyType(
         "nvmlDeviceGetHandleByUUID": ("sp", _by_uuid),
         "nvmlDeviceGetHandleByPciBusId_v2": ("sp", _by_pci),
         "nvmlDeviceGetName": text(lambda gpu: gpu.board.product),
-        "nvmlDeviceGetUUID": text(lambda gpu: gpu.uuid),
         "nvmlDeviceGetIndex": unsigned(lambda gpu: gpu.index),
         "nvmlDeviceGetMinorNumber": unsigned(lambda gpu: gpu.index),
         "nvmlDeviceGetPciInfo_v3": ("hp", _pci_info),

@@ -1,4 +1,4 @@
-"""What the simulated NVML functions about MIG answer: mode, profiles and placements, read only.
+"""What the simulated NVML functions about MIG answer: mode, profiles and instances, read only.
 
 It owns one small function per NVML symbol, and their table. It never changes the node: functions
 that would are answered with NOT_SUPPORTED, as by a driver whose board lacks them. The invariant:
@@ -7,6 +7,7 @@ geometry comes from the board's data alone, whatever its number of slots.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,8 +15,16 @@ from typing import Any
 import pynvml
 
 from partitioner.catalogue import MigProfile
-from partitioner.simulated.abi import Status, Symbol, put_uint, unsigned, versioned
-from partitioner.simulated.node import SimulatedGpu, SimulatedNode
+from partitioner.simulated.abi import (
+    Held,
+    Status,
+    Symbol,
+    put_string,
+    put_uint,
+    unsigned,
+    versioned,
+)
+from partitioner.simulated.node import SimulatedGpu, SimulatedInstance, SimulatedNode
 
 
 def _mig_mode(node: SimulatedNode, gpu: SimulatedGpu, current: int, pending: int) -> None:
@@ -32,7 +41,9 @@ def _require_mig_board(gpu: SimulatedGpu) -> None:
 def _mig_device_by_index(node: SimulatedNode, gpu: SimulatedGpu, index: int, out: int) -> None:
     if not gpu.mig_current:
         raise Status(pynvml.NVML_ERROR_NOT_SUPPORTED)
-    raise Status(pynvml.NVML_ERROR_NOT_FOUND)  # No instance exists until one can be created.
+    if index >= len(gpu.instances):
+        raise Status(pynvml.NVML_ERROR_NOT_FOUND)
+    ctypes.c_void_p.from_address(out).value = gpu.instances[index].device_handle
 
 
 def _profile(gpu: SimulatedGpu, field: str, number: int, missing: int) -> MigProfile:
@@ -96,9 +107,93 @@ def _possible_placements(
         row.start, row.size = placement.start, placement.size
 
 
+# Instances, and the MIG devices over them.
+
+
+def _gpu_instances(
+    node: SimulatedNode, gpu: SimulatedGpu, number: int, out: int, count: int
+) -> None:
+    """Writes as many handles as there are; the caller has room for the profile's most."""
+    if not gpu.mig_current:
+        raise Status(pynvml.NVML_ERROR_NOT_SUPPORTED)
+    profile = _profile(gpu, "id", number, pynvml.NVML_ERROR_INVALID_ARGUMENT)
+    found = [each for each in gpu.instances if each.place.profile == profile.name]
+    table = (ctypes.c_void_p * len(found)).from_address(out)
+    for index, each in enumerate(found):
+        table[index] = each.handle
+    put_uint(count, len(found))
+
+
+def _gpu_instance_info(
+    node: SimulatedNode, held: tuple[SimulatedGpu, SimulatedInstance], out: int
+) -> None:
+    gpu, instance = held
+    profile = _profile_named(gpu, instance.place.profile)
+    info = pynvml.c_nvmlGpuInstanceInfo_t.from_address(out)
+    ctypes.c_void_p.from_address(out).value = gpu.handle  # The first field: the parent device.
+    info.id, info.profileId = instance.number, profile.id
+    info.placement.start, info.placement.size = instance.place.start, instance.place.size
+
+
+def _profile_named(gpu: SimulatedGpu, name: str) -> MigProfile:
+    return next(profile for profile in gpu.board.profiles if profile.name == name)
+
+
+def _instance_of(held: Held) -> tuple[SimulatedGpu, SimulatedInstance]:
+    """The instance of a MIG device; a GPU's own handle is refused."""
+    if not isinstance(held, tuple):
+        raise Status(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+    return held
+
+
+def _uuid(node: SimulatedNode, held: Held, out: int, length: int) -> None:
+    put_string(out, length, held[1].uuid if isinstance(held, tuple) else held.uuid)
+
+
+def _is_mig_device(node: SimulatedNode, held: Held, out: int) -> None:
+    put_uint(out, int(isinstance(held, tuple)))
+
+
+def _gpu_instance_id(node: SimulatedNode, held: Held, out: int) -> None:
+    put_uint(out, _instance_of(held)[1].number)
+
+
+def _compute_instance_id(node: SimulatedNode, held: Held, out: int) -> None:
+    _instance_of(held)
+    put_uint(out, 0)
+
+
+def _parent_device(node: SimulatedNode, held: Held, out: int) -> None:
+    ctypes.c_void_p.from_address(out).value = _instance_of(held)[0].handle
+
+
+def _attributes(node: SimulatedNode, held: Held, out: int) -> None:
+    if not isinstance(held, tuple):  # Attributes are told of MIG devices only.
+        raise Status(pynvml.NVML_ERROR_NOT_SUPPORTED)
+    gpu, instance = held
+    profile = _profile_named(gpu, instance.place.profile)
+    attributes = pynvml.c_nvmlDeviceAttributes.from_address(out)
+    attributes.multiprocessorCount = profile.sm_count
+    attributes.sharedCopyEngineCount = profile.copy_engines
+    attributes.sharedDecoderCount = profile.decoders
+    attributes.sharedEncoderCount = profile.encoders
+    attributes.sharedJpegCount = profile.jpeg
+    attributes.sharedOfaCount = profile.ofa
+    attributes.gpuInstanceSliceCount = profile.compute_slices
+    attributes.computeInstanceSliceCount = profile.compute_slices
+    attributes.memorySizeMB = profile.memory_mib
+
+
 MIG_CALLS: Mapping[str, Symbol] = MappingProxyType(
     {
-        "nvmlDeviceIsMigDeviceHandle": unsigned(lambda gpu: 0),
+        "nvmlDeviceGetUUID": ("dpu", _uuid),
+        "nvmlDeviceIsMigDeviceHandle": ("dp", _is_mig_device),
+        "nvmlDeviceGetGpuInstances": ("hupp", _gpu_instances),
+        "nvmlGpuInstanceGetInfo": ("gp", _gpu_instance_info),
+        "nvmlDeviceGetGpuInstanceId": ("dp", _gpu_instance_id),
+        "nvmlDeviceGetComputeInstanceId": ("dp", _compute_instance_id),
+        "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": ("dp", _parent_device),
+        "nvmlDeviceGetAttributes_v2": ("dp", _attributes),
         "nvmlDeviceGetMigMode": ("hpp", _mig_mode),
         # The most MIG devices there may be is told only while MIG is on.
         "nvmlDeviceGetMaxMigDeviceCount": unsigned(

@@ -16,15 +16,32 @@ from dataclasses import dataclass, field
 
 from partitioner.catalogue import Board
 from partitioner.errors import SimulationError
-from partitioner.simulation import NodeSpec, ProcessSpec
+from partitioner.geometry import MIB, Instance
+from partitioner.simulation import GpuSpec, NodeSpec, ProcessSpec
 
 ANY_FUNCTION = "*"
 FIRST_HANDLE = 0x5EED0000
-MIB = 1 << 20
+_FIRST_INSTANCE_HANDLE = 0x5EEE0000
+_INSTANCE_HANDLES_PER_GPU = 0x100
 
 _UUID_NAMESPACE = uuid.UUID("6f1c7d52-2b54-4a0e-9d0e-0f5a5a3c1b7e")
 _FIRST_BUS = 0x10
 _BUS_STEP = 8
+
+
+@dataclass(frozen=True)
+class SimulatedInstance:
+    """A GPU instance with one compute instance over it, the MIG device.
+
+    `number` is what NVML calls its id; `handle` and `device_handle` are what callers hold of the
+    instance and of its MIG device.
+    """
+
+    number: int
+    place: Instance
+    uuid: str
+    handle: int
+    device_handle: int
 
 
 @dataclass
@@ -40,6 +57,7 @@ class SimulatedGpu:
     mig_current: bool
     mig_pending: bool
     processes: tuple[ProcessSpec, ...]
+    instances: tuple[SimulatedInstance, ...] = ()
     temperature_c: int = 33
     utilization_percent: int = 0
     lost: bool = False
@@ -116,6 +134,7 @@ class SimulatedNode:
                 mig_current=gpu.mig_enabled,
                 mig_pending=gpu.mig_enabled,
                 processes=gpu.processes,
+                instances=_instances(gpu, index),
             )
             for index, gpu in enumerate(spec.gpus)
         )
@@ -185,3 +204,18 @@ class SimulatedNode:
         if latency_s > 0:
             self._sleep(latency_s)
         return armed.fault.code if armed is not None else None
+
+
+def _instances(gpu: GpuSpec, index: int) -> tuple[SimulatedInstance, ...]:
+    """The instances that a GPU starts with, numbered from 1 in the order of their slots."""
+    first = _FIRST_INSTANCE_HANDLE + _INSTANCE_HANDLES_PER_GPU * index
+    return tuple(
+        SimulatedInstance(
+            number=number,
+            place=place,
+            uuid=f"MIG-{uuid.uuid5(_UUID_NAMESPACE, f'{gpu.board_key}/{index}/{number}/{place}')}",
+            handle=first + 2 * number,
+            device_handle=first + 2 * number + 1,
+        )
+        for number, place in enumerate(gpu.instances, start=1)
+    )

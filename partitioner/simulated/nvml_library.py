@@ -18,7 +18,7 @@ from typing import Any
 
 import pynvml
 
-from partitioner.simulated.abi import ARGUMENT_TYPES, Status
+from partitioner.simulated.abi import ARGUMENT_TYPES, Held, Status
 from partitioner.simulated.calls import CALLS, WITHOUT_INIT
 from partitioner.simulated.mig_calls import MIG_CALLS
 from partitioner.simulated.node import SimulatedGpu, SimulatedNode
@@ -43,6 +43,9 @@ class SimulatedLibrary:
     def __init__(self, node: SimulatedNode) -> None:
         self.node = node
         self._by_handle = {gpu.handle: gpu for gpu in node.gpus}
+        owned = [(gpu, each) for gpu in node.gpus for each in gpu.instances]
+        self._by_instance_handle = {pair[1].handle: pair for pair in owned}
+        self._by_mig_handle = {pair[1].device_handle: pair for pair in owned}
         self._lock = threading.Lock()
         self._inits = 0
         self._functions: dict[str, Any] = {}
@@ -86,6 +89,9 @@ class SimulatedLibrary:
         for kind, argument in zip(signature, arguments, strict=True):
             if kind in "hm":
                 argument = gpu = self._by_handle.get(argument)
+            elif kind in "dg":
+                argument = self._held(kind, argument)
+                gpu = argument[0] if isinstance(argument, tuple) else argument
             if argument is None and kind not in "mo":
                 return int(pynvml.NVML_ERROR_INVALID_ARGUMENT)
             resolved.append(argument)
@@ -98,6 +104,14 @@ class SimulatedLibrary:
             call(self.node, *resolved)
 
         return self._answer(name, gpu, act)
+
+    def _held(self, kind: str, handle: int | None) -> Held | None:
+        """What a handle of a GPU, a MIG device (d) or a GPU instance (g) stands for."""
+        if handle is None:
+            return None
+        if kind == "g":
+            return self._by_instance_handle.get(handle)
+        return self._by_handle.get(handle) or self._by_mig_handle.get(handle)
 
     def _answer(self, name: str, gpu: SimulatedGpu | None, act: Callable[[], None]) -> int:
         """Let injected trouble pass, act, and turn the outcome into a code."""

@@ -107,6 +107,29 @@ class Client:
         )
         return partition
 
+    def profiles(self) -> partition_pb2.ListProfilesResponse:
+        """What each GPU can be cut into."""
+        answer: partition_pb2.ListProfilesResponse = self._connection.call(
+            self._partitions.ListProfiles, partition_pb2.ListProfilesRequest()
+        )
+        return answer
+
+    def plan_layout(self, layout: str, *, source: str = "") -> partition_pb2.LayoutPlan:
+        """What a layout file's text would change; `source` is what errors call it.
+
+        Raises InvalidArgument, naming the line that must change.
+        """
+        request = partition_pb2.PlanLayoutRequest(layout=layout, source=source)
+        plan: partition_pb2.LayoutPlan = self._connection.call(self._partitions.PlanLayout, request)
+        return plan
+
+    def layout(self) -> str:
+        """The present layout as a file; planning that file changes nothing."""
+        answer: partition_pb2.Layout = self._connection.call(
+            self._partitions.GetLayout, partition_pb2.GetLayoutRequest()
+        )
+        return answer.text
+
     def models(self) -> list[model_pb2.Model]:
         """All registered models."""
         pages = self._connection.pages(self._models.ListModels, model_pb2.ListModelsRequest())

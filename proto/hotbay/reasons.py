@@ -74,6 +74,9 @@ class Reason(StrEnum):
     INVALID_REQUEST = (
         "INVALID_REQUEST", Code.INVALID_ARGUMENT, "correct the field that the message names",
     )
+    LAYOUT_INVALID = (
+        "LAYOUT_INVALID", Code.INVALID_ARGUMENT, "change the line of the layout that it names",
+    )
     REQUEST_ID_REUSED = (
         "REQUEST_ID_REUSED", Code.INVALID_ARGUMENT,
         "use a new request_id for a different request; repeat the same request to get its result",
@@ -140,6 +143,10 @@ class Reason(StrEnum):
     )
     DRIVER_TOO_OLD = (
         "DRIVER_TOO_OLD", Code.FAILED_PRECONDITION, "install a driver of the version named",
+    )
+    INSTANCES_HIDDEN = (
+        "INSTANCES_HIDDEN", Code.FAILED_PRECONDITION,
+        "run hotbayd as root, or let it read the driver's MIG capabilities",
     )
     MIG_MODE_DISABLED = (
         "MIG_MODE_DISABLED", Code.FAILED_PRECONDITION, "enable MIG mode on the GPU",

@@ -35,7 +35,9 @@ from tests.support.control_stage import Theatre, staged, until
 QUIET = "[scheduling]\nmin_residency_s = 3600\n"
 WORKING = {
     "NodeService": {"GetNode", "ListGpus"},
-    "PartitionService": {"ListPartitions", "GetPartition"},
+    "PartitionService": {
+        *("ListPartitions", "GetPartition", "PlanLayout", "ListProfiles", "GetLayout"),
+    },
     "ModelService": {
         *("RegisterModel", "ListModels", "GetModel"),
         *("LoadModel", "UnloadModel", "SwapModel", "DrainModel", "ResumeModel"),

@@ -127,6 +127,8 @@ class ScriptedNode:
                     kv_bytes=GIB // 2, kv_used_bytes=GIB // 8, running=3, waiting=1)],
             )
         ]  # fmt: skip
+        self.layout_plan = partition_pb2.LayoutPlan(plan_id="plan-0")
+        self.profiles = partition_pb2.ListProfilesResponse()
         self._server: Any = None
 
     def start(self) -> None:
@@ -248,6 +250,18 @@ class PartitionAnswers(Answers, partition_pb2_grpc.PartitionServiceServicer):
     def GetPartition(self, request: Any, context: Any) -> partition_pb2.Partition:
         self.node.take("GetPartition", request, context)
         return self.node.partitions[0]
+
+    def PlanLayout(self, request: Any, context: Any) -> partition_pb2.LayoutPlan:
+        self.node.take("PlanLayout", request, context)
+        return self.node.layout_plan
+
+    def ListProfiles(self, request: Any, context: Any) -> partition_pb2.ListProfilesResponse:
+        self.node.take("ListProfiles", request, context)
+        return self.node.profiles
+
+    def GetLayout(self, request: Any, context: Any) -> partition_pb2.Layout:
+        self.node.take("GetLayout", request, context)
+        return partition_pb2.Layout(text="version: 1\n")
 
 
 class ModelAnswers(Answers, model_pb2_grpc.ModelServiceServicer):

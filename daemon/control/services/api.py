@@ -18,6 +18,7 @@ from hotbay.v1 import (
 from daemon.control import answers, views
 from daemon.control.conductor import Conductor
 from daemon.control.images import Images
+from daemon.control.layouts import Layouts
 from daemon.control.operations import Operations
 from daemon.control.routing import Router
 from daemon.control.services.models import ModelService
@@ -39,11 +40,12 @@ def make_server(
     hub: Hub,
     node_service: NodeService,
     images: Images,
+    layouts: Layouts,
 ) -> Server:
     """The server with every service of the API; None stands for one that is not there yet."""
     implementations: dict[str, object | None] = {
         "NodeService": node_service,
-        "PartitionService": PartitionService(world, operations),
+        "PartitionService": PartitionService(world, operations, layouts),
         "ModelService": ModelService(world, operations, conductor, router, images),
         "WatchService": WatchService(hub),
         "Operations": OperationsService(operations),

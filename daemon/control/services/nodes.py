@@ -12,6 +12,7 @@ from hotbay.v1 import node_pb2, partition_pb2
 from daemon.control import views
 from daemon.control.answers import timestamp
 from daemon.control.errors import Refused
+from daemon.control.layouts import Layouts
 from daemon.control.notify import boot_id
 from daemon.control.operations import Operations
 from daemon.control.services import requests
@@ -72,11 +73,12 @@ class NodeService:
 
 
 class PartitionService:
-    """What the partitions are and hold. Changing the layout is not implemented."""
+    """What the partitions are and hold, and could be. Changing the layout is not implemented."""
 
-    def __init__(self, world: World, operations: Operations) -> None:
+    def __init__(self, world: World, operations: Operations, layouts: Layouts) -> None:
         self._world = world
         self._operations = operations
+        self._layouts = layouts
 
     async def ListPartitions(
         self, request: partition_pb2.ListPartitionsRequest
@@ -101,6 +103,20 @@ class PartitionService:
             )
         await self._refresh([request.id])
         return self._partition(request.id)
+
+    async def PlanLayout(
+        self, request: partition_pb2.PlanLayoutRequest
+    ) -> partition_pb2.LayoutPlan:
+        text = requests.required("layout", request.layout)
+        return await self._layouts.plan(text, request.source)
+
+    async def ListProfiles(
+        self, request: partition_pb2.ListProfilesRequest
+    ) -> partition_pb2.ListProfilesResponse:
+        return partition_pb2.ListProfilesResponse(gpus=await self._layouts.profiles())
+
+    async def GetLayout(self, request: partition_pb2.GetLayoutRequest) -> partition_pb2.Layout:
+        return partition_pb2.Layout(text=await self._layouts.export())
 
     async def _refresh(self, partitions: list[str]) -> None:
         """Ask workers how they are now: what they report by themselves is up to a second old."""

@@ -244,6 +244,8 @@ class Gpu(message.Message):
     CORDONED_FIELD_NUMBER: builtins.int
     HEALTH_FIELD_NUMBER: builtins.int
     PARTITIONS_FIELD_NUMBER: builtins.int
+    INSTANCES_FIELD_NUMBER: builtins.int
+    INSTANCES_HIDDEN_FIELD_NUMBER: builtins.int
     uuid: builtins.str
     index: builtins.int
     product: builtins.str
@@ -256,8 +258,14 @@ class Gpu(message.Message):
     numa_node: builtins.int
     cordoned: builtins.bool
     health: builtins.str
+    instances_hidden: builtins.bool
+    """MIG mode is on, but this daemon may not see the instances."""
     @builtins.property
     def partitions(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @builtins.property
+    def instances(self) -> containers.RepeatedCompositeFieldContainer[GpuInstance]:
+        """The GPU instances that exist, in the order of their memory slots."""
+
     def __init__(
         self,
         *,
@@ -274,10 +282,54 @@ class Gpu(message.Message):
         cordoned: builtins.bool = ...,
         health: builtins.str = ...,
         partitions: abc.Iterable[builtins.str] | None = ...,
+        instances: abc.Iterable[GpuInstance] | None = ...,
+        instances_hidden: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cordoned", b"cordoned", "health", b"health", "index", b"index", "memory_bytes", b"memory_bytes", "memory_used_bytes", b"memory_used_bytes", "mig_capable", b"mig_capable", "mig_enabled", b"mig_enabled", "multiprocessors", b"multiprocessors", "numa_node", b"numa_node", "partitions", b"partitions", "pci_bus_id", b"pci_bus_id", "product", b"product", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cordoned", b"cordoned", "health", b"health", "index", b"index", "instances", b"instances", "instances_hidden", b"instances_hidden", "memory_bytes", b"memory_bytes", "memory_used_bytes", b"memory_used_bytes", "mig_capable", b"mig_capable", "mig_enabled", b"mig_enabled", "multiprocessors", b"multiprocessors", "numa_node", b"numa_node", "partitions", b"partitions", "pci_bus_id", b"pci_bus_id", "product", b"product", "uuid", b"uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GpuInstance(message.Message):
+    """A MIG GPU instance as the driver tells it."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    PROFILE_FIELD_NUMBER: builtins.int
+    START_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    UUID_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    MULTIPROCESSORS_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """`gpu0/3g.71gb@4`."""
+    profile: builtins.str
+    start: builtins.int
+    size: builtins.int
+    uuid: builtins.str
+    """Of its MIG device; empty where it has no compute instance."""
+    memory_bytes: builtins.int
+    multiprocessors: builtins.int
+    number: builtins.int
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        profile: builtins.str = ...,
+        start: builtins.int = ...,
+        size: builtins.int = ...,
+        uuid: builtins.str = ...,
+        memory_bytes: builtins.int = ...,
+        multiprocessors: builtins.int = ...,
+        number: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["id", b"id", "memory_bytes", b"memory_bytes", "multiprocessors", b"multiprocessors", "number", b"number", "profile", b"profile", "size", b"size", "start", b"start", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,17 +26,17 @@ from google.longrunning import operations_proto_pb2 as google_dot_longrunning_do
 from hotbay.v1 import common_pb2 as hotbay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hotbay/v1/partition.proto\x12\thotbay.v1\x1a#google/longrunning/operations.proto\x1a\x16hotbay/v1/common.proto\"\x84\x03\n\tPartition\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.hotbay.v1.PartitionKind\x12\x0b\n\x03gpu\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x05 \x01(\x03\x12\x17\n\x0fmultiprocessors\x18\x06 \x01(\x05\x12*\n\x06health\x18\x07 \x01(\x0e\x32\x1a.hotbay.v1.PartitionHealth\x12\x15\n\rhealth_reason\x18\x08 \x01(\t\x12\x12\n\nworker_pid\x18\t \x01(\x05\x12\x19\n\x11worker_generation\x18\n \x01(\x03\x12\x12\n\npage_bytes\x18\x0b \x01(\x03\x12\x1d\n\x15link_bytes_per_second\x18\x0c \x01(\x01\x12$\n\x06models\x18\r \x03(\x0b\x32\x14.hotbay.v1.Residence\x12\x11\n\toperation\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\"\x8b\x02\n\tResidence\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.hotbay.v1.ModelState\x12\x15\n\rweights_bytes\x18\x03 \x01(\x03\x12\x15\n\rkv_used_bytes\x18\x04 \x01(\x03\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x03\x12\x0f\n\x07running\x18\x06 \x01(\x05\x12\x0f\n\x07waiting\x18\x07 \x01(\x05\x12\x1b\n\x13prompt_tokens_total\x18\x08 \x01(\x03\x12\x1f\n\x17generation_tokens_total\x18\t \x01(\x03\x12\x19\n\x11preemptions_total\x18\n \x01(\x03\x12\x0e\n\x06reason\x18\x0b \x01(\t\">\n\x15ListPartitionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x16ListPartitionsResponse\x12(\n\npartitions\x18\x01 \x03(\x0b\x32\x14.hotbay.v1.Partition\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x13GetPartitionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"#\n\x11PlanLayoutRequest\x12\x0e\n\x06layout\x18\x01 \x01(\t\"y\n\nLayoutPlan\x12\x0f\n\x07plan_id\x18\x01 \x01(\t\x12\x0c\n\x04keep\x18\x02 \x03(\t\x12\x0e\n\x06\x63reate\x18\x03 \x03(\t\x12\x0f\n\x07\x64\x65stroy\x18\x04 \x03(\t\x12\x0c\n\x04move\x18\x05 \x03(\t\x12\x1d\n\x15predicted_downtime_ms\x18\x06 \x01(\x01\"_\n\x12\x41pplyLayoutRequest\x12\x0f\n\x07plan_id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08*y\n\rPartitionKind\x12\x1e\n\x1aPARTITION_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14PARTITION_KIND_WHOLE\x10\x01\x12\x16\n\x12PARTITION_KIND_MIG\x10\x02\x12\x16\n\x12PARTITION_KIND_MPS\x10\x03*\x8b\x01\n\x0fPartitionHealth\x12 \n\x1cPARTITION_HEALTH_UNSPECIFIED\x10\x00\x12\x1a\n\x16PARTITION_HEALTH_READY\x10\x01\x12\x1d\n\x19PARTITION_HEALTH_STARTING\x10\x02\x12\x1b\n\x17PARTITION_HEALTH_FAILED\x10\x03\x32\xbf\x02\n\x10PartitionService\x12U\n\x0eListPartitions\x12 .hotbay.v1.ListPartitionsRequest\x1a!.hotbay.v1.ListPartitionsResponse\x12\x44\n\x0cGetPartition\x12\x1e.hotbay.v1.GetPartitionRequest\x1a\x14.hotbay.v1.Partition\x12\x41\n\nPlanLayout\x12\x1c.hotbay.v1.PlanLayoutRequest\x1a\x15.hotbay.v1.LayoutPlan\x12K\n\x0b\x41pplyLayout\x12\x1d.hotbay.v1.ApplyLayoutRequest\x1a\x1d.google.longrunning.Operationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hotbay/v1/partition.proto\x12\thotbay.v1\x1a#google/longrunning/operations.proto\x1a\x16hotbay/v1/common.proto\"\x84\x03\n\tPartition\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.hotbay.v1.PartitionKind\x12\x0b\n\x03gpu\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x05 \x01(\x03\x12\x17\n\x0fmultiprocessors\x18\x06 \x01(\x05\x12*\n\x06health\x18\x07 \x01(\x0e\x32\x1a.hotbay.v1.PartitionHealth\x12\x15\n\rhealth_reason\x18\x08 \x01(\t\x12\x12\n\nworker_pid\x18\t \x01(\x05\x12\x19\n\x11worker_generation\x18\n \x01(\x03\x12\x12\n\npage_bytes\x18\x0b \x01(\x03\x12\x1d\n\x15link_bytes_per_second\x18\x0c \x01(\x01\x12$\n\x06models\x18\r \x03(\x0b\x32\x14.hotbay.v1.Residence\x12\x11\n\toperation\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\"\x8b\x02\n\tResidence\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.hotbay.v1.ModelState\x12\x15\n\rweights_bytes\x18\x03 \x01(\x03\x12\x15\n\rkv_used_bytes\x18\x04 \x01(\x03\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x03\x12\x0f\n\x07running\x18\x06 \x01(\x05\x12\x0f\n\x07waiting\x18\x07 \x01(\x05\x12\x1b\n\x13prompt_tokens_total\x18\x08 \x01(\x03\x12\x1f\n\x17generation_tokens_total\x18\t \x01(\x03\x12\x19\n\x11preemptions_total\x18\n \x01(\x03\x12\x0e\n\x06reason\x18\x0b \x01(\t\">\n\x15ListPartitionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x16ListPartitionsResponse\x12(\n\npartitions\x18\x01 \x03(\x0b\x32\x14.hotbay.v1.Partition\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x13GetPartitionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"3\n\x11PlanLayoutRequest\x12\x0e\n\x06layout\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"\xc3\x01\n\nLayoutPlan\x12\x0f\n\x07plan_id\x18\x01 \x01(\t\x12\x0c\n\x04keep\x18\x02 \x03(\t\x12\x0e\n\x06\x63reate\x18\x03 \x03(\t\x12\x0f\n\x07\x64\x65stroy\x18\x04 \x03(\t\x12\x0c\n\x04move\x18\x05 \x03(\t\x12\x1d\n\x15predicted_downtime_ms\x18\x06 \x01(\x01\x12\x0f\n\x07\x63hanges\x18\x07 \x01(\x08\x12\x0f\n\x07\x66oreign\x18\x08 \x03(\t\x12&\n\x04gpus\x18\t \x03(\x0b\x32\x18.hotbay.v1.GpuLayoutPlan\"\xf6\x01\n\rGpuLayoutPlan\x12\x0b\n\x03gpu\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x12\n\nmig_change\x18\x03 \x01(\t\x12\r\n\x05reset\x18\x04 \x01(\x08\x12\x0c\n\x04keep\x18\x05 \x03(\t\x12\x0e\n\x06\x63reate\x18\x06 \x03(\t\x12\x0f\n\x07\x64\x65stroy\x18\x07 \x03(\t\x12\x0c\n\x04move\x18\x08 \x03(\t\x12\x0f\n\x07\x66oreign\x18\t \x03(\t\x12\x1c\n\x14\x66ragmentation_before\x18\n \x01(\x01\x12\x1b\n\x13\x66ragmentation_after\x18\x0b \x01(\x01\x12\x1d\n\x15predicted_downtime_ms\x18\x0c \x01(\x01\"\x15\n\x13ListProfilesRequest\"<\n\x14ListProfilesResponse\x12$\n\x04gpus\x18\x01 \x03(\x0b\x32\x16.hotbay.v1.GpuProfiles\"\xbb\x01\n\x0bGpuProfiles\x12\x0b\n\x03gpu\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0f\n\x07product\x18\x03 \x01(\t\x12\x13\n\x0bmig_capable\x18\x04 \x01(\x08\x12\x13\n\x0bmig_enabled\x18\x05 \x01(\x08\x12\x14\n\x0cmemory_slots\x18\x06 \x01(\x05\x12\x16\n\x0e\x63ompute_slices\x18\x07 \x01(\x05\x12\'\n\x08profiles\x18\x08 \x03(\x0b\x32\x15.hotbay.v1.MigProfile\"\x9e\x01\n\nMigProfile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ompute_slices\x18\x02 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\x17\n\x0fmultiprocessors\x18\x04 \x01(\x05\x12\x15\n\rinstances_max\x18\x05 \x01(\x05\x12\x14\n\x0cmemory_slots\x18\x06 \x01(\x05\x12\x0e\n\x06starts\x18\x07 \x03(\x05\"\x12\n\x10GetLayoutRequest\"\x16\n\x06Layout\x12\x0c\n\x04text\x18\x01 \x01(\t\"_\n\x12\x41pplyLayoutRequest\x12\x0f\n\x07plan_id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08*y\n\rPartitionKind\x12\x1e\n\x1aPARTITION_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14PARTITION_KIND_WHOLE\x10\x01\x12\x16\n\x12PARTITION_KIND_MIG\x10\x02\x12\x16\n\x12PARTITION_KIND_MPS\x10\x03*\x8b\x01\n\x0fPartitionHealth\x12 \n\x1cPARTITION_HEALTH_UNSPECIFIED\x10\x00\x12\x1a\n\x16PARTITION_HEALTH_READY\x10\x01\x12\x1d\n\x19PARTITION_HEALTH_STARTING\x10\x02\x12\x1b\n\x17PARTITION_HEALTH_FAILED\x10\x03\x32\xcd\x03\n\x10PartitionService\x12U\n\x0eListPartitions\x12 .hotbay.v1.ListPartitionsRequest\x1a!.hotbay.v1.ListPartitionsResponse\x12\x44\n\x0cGetPartition\x12\x1e.hotbay.v1.GetPartitionRequest\x1a\x14.hotbay.v1.Partition\x12\x41\n\nPlanLayout\x12\x1c.hotbay.v1.PlanLayoutRequest\x1a\x15.hotbay.v1.LayoutPlan\x12O\n\x0cListProfiles\x12\x1e.hotbay.v1.ListProfilesRequest\x1a\x1f.hotbay.v1.ListProfilesResponse\x12;\n\tGetLayout\x12\x1b.hotbay.v1.GetLayoutRequest\x1a\x11.hotbay.v1.Layout\x12K\n\x0b\x41pplyLayout\x12\x1d.hotbay.v1.ApplyLayoutRequest\x1a\x1d.google.longrunning.Operationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hotbay.v1.partition_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PARTITIONKIND']._serialized_start=1211
-  _globals['_PARTITIONKIND']._serialized_end=1332
-  _globals['_PARTITIONHEALTH']._serialized_start=1335
-  _globals['_PARTITIONHEALTH']._serialized_end=1474
+  _globals['_PARTITIONKIND']._serialized_start=2031
+  _globals['_PARTITIONKIND']._serialized_end=2152
+  _globals['_PARTITIONHEALTH']._serialized_start=2155
+  _globals['_PARTITIONHEALTH']._serialized_end=2294
   _globals['_PARTITION']._serialized_start=102
   _globals['_PARTITION']._serialized_end=490
   _globals['_RESIDENCE']._serialized_start=493
@@ -48,11 +48,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPARTITIONREQUEST']._serialized_start=919
   _globals['_GETPARTITIONREQUEST']._serialized_end=952
   _globals['_PLANLAYOUTREQUEST']._serialized_start=954
-  _globals['_PLANLAYOUTREQUEST']._serialized_end=989
-  _globals['_LAYOUTPLAN']._serialized_start=991
-  _globals['_LAYOUTPLAN']._serialized_end=1112
-  _globals['_APPLYLAYOUTREQUEST']._serialized_start=1114
-  _globals['_APPLYLAYOUTREQUEST']._serialized_end=1209
-  _globals['_PARTITIONSERVICE']._serialized_start=1477
-  _globals['_PARTITIONSERVICE']._serialized_end=1796
+  _globals['_PLANLAYOUTREQUEST']._serialized_end=1005
+  _globals['_LAYOUTPLAN']._serialized_start=1008
+  _globals['_LAYOUTPLAN']._serialized_end=1203
+  _globals['_GPULAYOUTPLAN']._serialized_start=1206
+  _globals['_GPULAYOUTPLAN']._serialized_end=1452
+  _globals['_LISTPROFILESREQUEST']._serialized_start=1454
+  _globals['_LISTPROFILESREQUEST']._serialized_end=1475
+  _globals['_LISTPROFILESRESPONSE']._serialized_start=1477
+  _globals['_LISTPROFILESRESPONSE']._serialized_end=1537
+  _globals['_GPUPROFILES']._serialized_start=1540
+  _globals['_GPUPROFILES']._serialized_end=1727
+  _globals['_MIGPROFILE']._serialized_start=1730
+  _globals['_MIGPROFILE']._serialized_end=1888
+  _globals['_GETLAYOUTREQUEST']._serialized_start=1890
+  _globals['_GETLAYOUTREQUEST']._serialized_end=1908
+  _globals['_LAYOUT']._serialized_start=1910
+  _globals['_LAYOUT']._serialized_end=1932
+  _globals['_APPLYLAYOUTREQUEST']._serialized_start=1934
+  _globals['_APPLYLAYOUTREQUEST']._serialized_end=2029
+  _globals['_PARTITIONSERVICE']._serialized_start=2297
+  _globals['_PARTITIONSERVICE']._serialized_end=2758
 # @@protoc_insertion_point(module_scope)

@@ -236,21 +236,29 @@ class PlanLayoutRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     LAYOUT_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
     layout: builtins.str
     """A layout file's text."""
+    source: builtins.str
+    """What error messages call it, such as its path; `layout` when empty."""
     def __init__(
         self,
         *,
         layout: builtins.str = ...,
+        source: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["layout", b"layout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["layout", b"layout", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class LayoutPlan(message.Message):
+    """Partitions are named by place: `gpu0` a whole GPU, `gpu0/3g.71gb@4` the instance from memory slot
+    4, `gpu0/3g.71gb@4/mps0` its first MPS share.
+    """
+
     DESCRIPTOR: descriptor.Descriptor
 
     PLAN_ID_FIELD_NUMBER: builtins.int
@@ -259,8 +267,15 @@ class LayoutPlan(message.Message):
     DESTROY_FIELD_NUMBER: builtins.int
     MOVE_FIELD_NUMBER: builtins.int
     PREDICTED_DOWNTIME_MS_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
+    FOREIGN_FIELD_NUMBER: builtins.int
+    GPUS_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
+    """Names exactly this present and this wanted layout."""
     predicted_downtime_ms: builtins.float
+    """The longest that a model is away; 0 when none must move."""
+    changes: builtins.bool
+    """Whether anything would be done."""
     @builtins.property
     def keep(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @builtins.property
@@ -268,7 +283,15 @@ class LayoutPlan(message.Message):
     @builtins.property
     def destroy(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @builtins.property
-    def move(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def move(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Those of `destroy` whose models must move."""
+
+    @builtins.property
+    def foreign(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Instances that are there and not ours: left alone."""
+
+    @builtins.property
+    def gpus(self) -> containers.RepeatedCompositeFieldContainer[GpuLayoutPlan]: ...
     def __init__(
         self,
         *,
@@ -278,10 +301,212 @@ class LayoutPlan(message.Message):
         destroy: abc.Iterable[builtins.str] | None = ...,
         move: abc.Iterable[builtins.str] | None = ...,
         predicted_downtime_ms: builtins.float = ...,
+        changes: builtins.bool = ...,
+        foreign: abc.Iterable[builtins.str] | None = ...,
+        gpus: abc.Iterable[GpuLayoutPlan] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create", b"create", "destroy", b"destroy", "keep", b"keep", "move", b"move", "plan_id", b"plan_id", "predicted_downtime_ms", b"predicted_downtime_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["changes", b"changes", "create", b"create", "destroy", b"destroy", "foreign", b"foreign", "gpus", b"gpus", "keep", b"keep", "move", b"move", "plan_id", b"plan_id", "predicted_downtime_ms", b"predicted_downtime_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GpuLayoutPlan(message.Message):
+    """The part of a plan that concerns one GPU."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    GPU_FIELD_NUMBER: builtins.int
+    INDEX_FIELD_NUMBER: builtins.int
+    MIG_CHANGE_FIELD_NUMBER: builtins.int
+    RESET_FIELD_NUMBER: builtins.int
+    KEEP_FIELD_NUMBER: builtins.int
+    CREATE_FIELD_NUMBER: builtins.int
+    DESTROY_FIELD_NUMBER: builtins.int
+    MOVE_FIELD_NUMBER: builtins.int
+    FOREIGN_FIELD_NUMBER: builtins.int
+    FRAGMENTATION_BEFORE_FIELD_NUMBER: builtins.int
+    FRAGMENTATION_AFTER_FIELD_NUMBER: builtins.int
+    PREDICTED_DOWNTIME_MS_FIELD_NUMBER: builtins.int
+    gpu: builtins.str
+    index: builtins.int
+    mig_change: builtins.str
+    """`enable` or `disable`; empty when MIG mode stays as it is."""
+    reset: builtins.bool
+    """Whether the change of mode needs a reset of this GPU."""
+    fragmentation_before: builtins.float
+    """Share of the memory that is free and of no use, 0 to 1."""
+    fragmentation_after: builtins.float
+    predicted_downtime_ms: builtins.float
+    @builtins.property
+    def keep(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @builtins.property
+    def create(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @builtins.property
+    def destroy(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @builtins.property
+    def move(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @builtins.property
+    def foreign(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        gpu: builtins.str = ...,
+        index: builtins.int = ...,
+        mig_change: builtins.str = ...,
+        reset: builtins.bool = ...,
+        keep: abc.Iterable[builtins.str] | None = ...,
+        create: abc.Iterable[builtins.str] | None = ...,
+        destroy: abc.Iterable[builtins.str] | None = ...,
+        move: abc.Iterable[builtins.str] | None = ...,
+        foreign: abc.Iterable[builtins.str] | None = ...,
+        fragmentation_before: builtins.float = ...,
+        fragmentation_after: builtins.float = ...,
+        predicted_downtime_ms: builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create", b"create", "destroy", b"destroy", "foreign", b"foreign", "fragmentation_after", b"fragmentation_after", "fragmentation_before", b"fragmentation_before", "gpu", b"gpu", "index", b"index", "keep", b"keep", "mig_change", b"mig_change", "move", b"move", "predicted_downtime_ms", b"predicted_downtime_ms", "reset", b"reset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListProfilesRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListProfilesResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    GPUS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def gpus(self) -> containers.RepeatedCompositeFieldContainer[GpuProfiles]: ...
+    def __init__(
+        self,
+        *,
+        gpus: abc.Iterable[GpuProfiles] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["gpus", b"gpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GpuProfiles(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    GPU_FIELD_NUMBER: builtins.int
+    INDEX_FIELD_NUMBER: builtins.int
+    PRODUCT_FIELD_NUMBER: builtins.int
+    MIG_CAPABLE_FIELD_NUMBER: builtins.int
+    MIG_ENABLED_FIELD_NUMBER: builtins.int
+    MEMORY_SLOTS_FIELD_NUMBER: builtins.int
+    COMPUTE_SLICES_FIELD_NUMBER: builtins.int
+    PROFILES_FIELD_NUMBER: builtins.int
+    gpu: builtins.str
+    index: builtins.int
+    product: builtins.str
+    mig_capable: builtins.bool
+    mig_enabled: builtins.bool
+    memory_slots: builtins.int
+    compute_slices: builtins.int
+    @builtins.property
+    def profiles(self) -> containers.RepeatedCompositeFieldContainer[MigProfile]: ...
+    def __init__(
+        self,
+        *,
+        gpu: builtins.str = ...,
+        index: builtins.int = ...,
+        product: builtins.str = ...,
+        mig_capable: builtins.bool = ...,
+        mig_enabled: builtins.bool = ...,
+        memory_slots: builtins.int = ...,
+        compute_slices: builtins.int = ...,
+        profiles: abc.Iterable[MigProfile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["compute_slices", b"compute_slices", "gpu", b"gpu", "index", b"index", "memory_slots", b"memory_slots", "mig_capable", b"mig_capable", "mig_enabled", b"mig_enabled", "product", b"product", "profiles", b"profiles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class MigProfile(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    COMPUTE_SLICES_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    MULTIPROCESSORS_FIELD_NUMBER: builtins.int
+    INSTANCES_MAX_FIELD_NUMBER: builtins.int
+    MEMORY_SLOTS_FIELD_NUMBER: builtins.int
+    STARTS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    compute_slices: builtins.int
+    memory_bytes: builtins.int
+    multiprocessors: builtins.int
+    instances_max: builtins.int
+    memory_slots: builtins.int
+    """Memory slots that one instance takes, and where it may start."""
+    @builtins.property
+    def starts(self) -> containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        compute_slices: builtins.int = ...,
+        memory_bytes: builtins.int = ...,
+        multiprocessors: builtins.int = ...,
+        instances_max: builtins.int = ...,
+        memory_slots: builtins.int = ...,
+        starts: abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["compute_slices", b"compute_slices", "instances_max", b"instances_max", "memory_bytes", b"memory_bytes", "memory_slots", b"memory_slots", "multiprocessors", b"multiprocessors", "name", b"name", "starts", b"starts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetLayoutRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Layout(message.Message):
+    """A layout as the text of its file."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

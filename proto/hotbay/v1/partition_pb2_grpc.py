@@ -50,6 +50,16 @@ class PartitionServiceStub:
                 request_serializer=hotbay_dot_v1_dot_partition__pb2.PlanLayoutRequest.SerializeToString,
                 response_deserializer=hotbay_dot_v1_dot_partition__pb2.LayoutPlan.FromString,
                 _registered_method=True)
+        self.ListProfiles = channel.unary_unary(
+                '/hotbay.v1.PartitionService/ListProfiles',
+                request_serializer=hotbay_dot_v1_dot_partition__pb2.ListProfilesRequest.SerializeToString,
+                response_deserializer=hotbay_dot_v1_dot_partition__pb2.ListProfilesResponse.FromString,
+                _registered_method=True)
+        self.GetLayout = channel.unary_unary(
+                '/hotbay.v1.PartitionService/GetLayout',
+                request_serializer=hotbay_dot_v1_dot_partition__pb2.GetLayoutRequest.SerializeToString,
+                response_deserializer=hotbay_dot_v1_dot_partition__pb2.Layout.FromString,
+                _registered_method=True)
         self.ApplyLayout = channel.unary_unary(
                 '/hotbay.v1.PartitionService/ApplyLayout',
                 request_serializer=hotbay_dot_v1_dot_partition__pb2.ApplyLayoutRequest.SerializeToString,
@@ -79,8 +89,23 @@ class PartitionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListProfiles(self, request, context):
+        """What each GPU can be cut into, as its driver tells it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLayout(self, request, context):
+        """The present layout as a file; planning that file changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ApplyLayout(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Not implemented yet.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -102,6 +127,16 @@ def add_PartitionServiceServicer_to_server(servicer, server):
                     servicer.PlanLayout,
                     request_deserializer=hotbay_dot_v1_dot_partition__pb2.PlanLayoutRequest.FromString,
                     response_serializer=hotbay_dot_v1_dot_partition__pb2.LayoutPlan.SerializeToString,
+            ),
+            'ListProfiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListProfiles,
+                    request_deserializer=hotbay_dot_v1_dot_partition__pb2.ListProfilesRequest.FromString,
+                    response_serializer=hotbay_dot_v1_dot_partition__pb2.ListProfilesResponse.SerializeToString,
+            ),
+            'GetLayout': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLayout,
+                    request_deserializer=hotbay_dot_v1_dot_partition__pb2.GetLayoutRequest.FromString,
+                    response_serializer=hotbay_dot_v1_dot_partition__pb2.Layout.SerializeToString,
             ),
             'ApplyLayout': grpc.unary_unary_rpc_method_handler(
                     servicer.ApplyLayout,
@@ -190,6 +225,60 @@ class PartitionService:
             '/hotbay.v1.PartitionService/PlanLayout',
             hotbay_dot_v1_dot_partition__pb2.PlanLayoutRequest.SerializeToString,
             hotbay_dot_v1_dot_partition__pb2.LayoutPlan.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListProfiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hotbay.v1.PartitionService/ListProfiles',
+            hotbay_dot_v1_dot_partition__pb2.ListProfilesRequest.SerializeToString,
+            hotbay_dot_v1_dot_partition__pb2.ListProfilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLayout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hotbay.v1.PartitionService/GetLayout',
+            hotbay_dot_v1_dot_partition__pb2.GetLayoutRequest.SerializeToString,
+            hotbay_dot_v1_dot_partition__pb2.Layout.FromString,
             options,
             channel_credentials,
             insecure,

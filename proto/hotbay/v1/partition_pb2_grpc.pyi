@@ -36,7 +36,12 @@ class PartitionServiceStub:
     GetPartition: grpc.UnaryUnaryMultiCallable[partition_pb2.GetPartitionRequest, partition_pb2.Partition]
     PlanLayout: grpc.UnaryUnaryMultiCallable[partition_pb2.PlanLayoutRequest, partition_pb2.LayoutPlan]
     """What applying a layout would keep, create, destroy and move. Touches nothing."""
+    ListProfiles: grpc.UnaryUnaryMultiCallable[partition_pb2.ListProfilesRequest, partition_pb2.ListProfilesResponse]
+    """What each GPU can be cut into, as its driver tells it."""
+    GetLayout: grpc.UnaryUnaryMultiCallable[partition_pb2.GetLayoutRequest, partition_pb2.Layout]
+    """The present layout as a file; planning that file changes nothing."""
     ApplyLayout: grpc.UnaryUnaryMultiCallable[partition_pb2.ApplyLayoutRequest, operations_proto_pb2.Operation]
+    """Not implemented yet."""
 
 @typing.type_check_only
 class PartitionServiceAsyncStub(PartitionServiceStub):
@@ -45,7 +50,12 @@ class PartitionServiceAsyncStub(PartitionServiceStub):
     GetPartition: aio.UnaryUnaryMultiCallable[partition_pb2.GetPartitionRequest, partition_pb2.Partition]  # type: ignore[assignment]
     PlanLayout: aio.UnaryUnaryMultiCallable[partition_pb2.PlanLayoutRequest, partition_pb2.LayoutPlan]  # type: ignore[assignment]
     """What applying a layout would keep, create, destroy and move. Touches nothing."""
+    ListProfiles: aio.UnaryUnaryMultiCallable[partition_pb2.ListProfilesRequest, partition_pb2.ListProfilesResponse]  # type: ignore[assignment]
+    """What each GPU can be cut into, as its driver tells it."""
+    GetLayout: aio.UnaryUnaryMultiCallable[partition_pb2.GetLayoutRequest, partition_pb2.Layout]  # type: ignore[assignment]
+    """The present layout as a file; planning that file changes nothing."""
     ApplyLayout: aio.UnaryUnaryMultiCallable[partition_pb2.ApplyLayoutRequest, operations_proto_pb2.Operation]  # type: ignore[assignment]
+    """Not implemented yet."""
 
 class PartitionServiceServicer:
     def ListPartitions(
@@ -67,10 +77,25 @@ class PartitionServiceServicer:
     ) -> typing.Union[partition_pb2.LayoutPlan, abc.Awaitable[partition_pb2.LayoutPlan]]:
         """What applying a layout would keep, create, destroy and move. Touches nothing."""
 
+    def ListProfiles(
+        self,
+        request: partition_pb2.ListProfilesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[partition_pb2.ListProfilesResponse, abc.Awaitable[partition_pb2.ListProfilesResponse]]:
+        """What each GPU can be cut into, as its driver tells it."""
+
+    def GetLayout(
+        self,
+        request: partition_pb2.GetLayoutRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[partition_pb2.Layout, abc.Awaitable[partition_pb2.Layout]]:
+        """The present layout as a file; planning that file changes nothing."""
+
     def ApplyLayout(
         self,
         request: partition_pb2.ApplyLayoutRequest,
         context: _ServicerContext,
-    ) -> typing.Union[operations_proto_pb2.Operation, abc.Awaitable[operations_proto_pb2.Operation]]: ...
+    ) -> typing.Union[operations_proto_pb2.Operation, abc.Awaitable[operations_proto_pb2.Operation]]:
+        """Not implemented yet."""
 
 def add_PartitionServiceServicer_to_server(servicer: PartitionServiceServicer, server: typing.Union[grpc.Server, aio.Server]) -> None: ...

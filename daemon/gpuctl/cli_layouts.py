@@ -1,0 +1,56 @@
+"""The commands of `gpuctl part`: names, arguments and help, and nothing else.
+
+As in `daemon.gpuctl.cli`, each function brings in the module that does the work when it is run.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from daemon.gpuctl.options import command
+from daemon.gpuctl.session import Session
+
+LayoutFileOption = Annotated[
+    str, typer.Option("--file", "-f", metavar="FILE", help="The layout file, or - for stdin.")
+]
+
+
+def declare(app: typer.Typer) -> None:
+    """Add the commands of `gpuctl part`."""
+
+    @command(app, "ls")
+    def list_partitions(session: Session) -> None:
+        """Partitions, and the GPU instances that are there without serving."""
+        from daemon.gpuctl import layouts
+
+        layouts.list_partitions(session)
+
+    @command(app, "profiles")
+    def profiles(session: Session) -> None:
+        """What each GPU can be cut into."""
+        from daemon.gpuctl import layouts
+
+        layouts.profiles(session)
+
+    @command(app, "plan")
+    def plan(session: Session, file: LayoutFileOption) -> None:
+        """What a layout file would keep, create, destroy and move. Changes nothing."""
+        from daemon.gpuctl import layouts
+
+        layouts.plan(session, file)
+
+    @command(app, "diff")
+    def diff(session: Session, file: LayoutFileOption) -> int:
+        """Only what would change; exits 0 when nothing would, 1 when something would."""
+        from daemon.gpuctl import layouts
+
+        return layouts.diff(session, file)
+
+    @command(app, "export")
+    def export(session: Session) -> None:
+        """Print the present layout as a layout file."""
+        from daemon.gpuctl import layouts
+
+        layouts.export(session)

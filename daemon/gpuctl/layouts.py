@@ -1,0 +1,180 @@
+"""part: how GPUs are cut, what they could be cut into, and what a layout file would change.
+
+Reads, asks and prints; a file is only carried to the daemon, which alone knows what it means.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from hotbay.v1 import node_pb2, partition_pb2
+
+from daemon.gpuctl.console import print_line
+from daemon.gpuctl.errors import CommandFailed
+from daemon.gpuctl.exits import Exit
+from daemon.gpuctl.output import Column, as_dict, print_json, print_table
+from daemon.gpuctl.session import Session
+from daemon.gpuctl.text import NOTHING, one_line, size, word
+
+LAYOUT_BYTES_MAX = 1 << 20
+
+PARTITION_COLUMNS = (
+    Column("PARTITION"), Column("KIND"), Column("GPU"), Column("MEMORY", right=True),
+    Column("SM", right=True), Column("STATE"),
+)  # fmt: skip
+PROFILE_COLUMNS = (
+    Column("GPU"), Column("PROFILE"), Column("MEMORY", right=True), Column("SM", right=True),
+    Column("SLICES", right=True), Column("SLOTS", right=True), Column("AT MOST", right=True),
+    Column("STARTS"),
+)  # fmt: skip
+PLAN_COLUMNS = (Column("DO"), Column("PARTITION"), Column("MODELS"))
+
+
+def list_partitions(session: Session) -> None:
+    """`gpuctl part ls`."""
+    partitions = session.client.partitions()
+    gpus = session.client.gpus()
+    if session.json:
+        listed = partition_pb2.ListPartitionsResponse(partitions=partitions)
+        fields = {"partitions": as_dict(listed)["partitions"], "gpus": as_dict(gpus)["gpus"]}
+        print(json.dumps(fields, indent=2))
+        return
+    index = {gpu.uuid: str(gpu.index) for gpu in gpus.gpus}
+    rows = [
+        [
+            each.id,
+            word(partition_pb2.PartitionKind.Name(each.kind), "PARTITION_KIND_").lower(),
+            index.get(each.gpu, NOTHING),
+            size(each.memory_bytes),
+            str(each.multiprocessors or NOTHING),
+            word(partition_pb2.PartitionHealth.Name(each.health), "PARTITION_HEALTH_"),
+        ]
+        for each in partitions
+    ]
+    serving = {each.id for each in partitions}
+    rows += [
+        _instance_row(gpu, each)
+        for gpu in gpus.gpus
+        for each in gpu.instances
+        if each.id not in serving
+    ]
+    print_table(PARTITION_COLUMNS, rows, "no partitions")
+    for gpu in gpus.gpus:
+        if gpu.instances_hidden:
+            print_line(f"warning: gpu{gpu.index}: the daemon may not see its instances")
+
+
+def _instance_row(gpu: node_pb2.Gpu, each: node_pb2.GpuInstance) -> list[str]:
+    memory, multiprocessors = size(each.memory_bytes), str(each.multiprocessors)
+    return [each.id, "mig", str(gpu.index), memory, multiprocessors, "not serving"]
+
+
+def profiles(session: Session) -> None:
+    """`gpuctl part profiles`."""
+    answer = session.client.profiles()
+    if session.json:
+        print_json(answer)
+        return
+    rows = [
+        [
+            str(gpu.index),
+            each.name,
+            size(each.memory_bytes),
+            str(each.multiprocessors),
+            f"{each.compute_slices}/{gpu.compute_slices}",
+            f"{each.memory_slots}/{gpu.memory_slots}",
+            str(each.instances_max),
+            " ".join(str(start) for start in each.starts),
+        ]
+        for gpu in answer.gpus
+        for each in gpu.profiles
+    ]
+    print_table(PROFILE_COLUMNS, rows, "no GPU of this node can be cut into instances")
+
+
+def plan(session: Session, file: str) -> None:
+    """`gpuctl part plan`."""
+    answer = _ask(session, file)
+    if session.json:
+        print_json(answer)
+        return
+    rows = [[action, name, note] for action, name, note in _steps(answer)]
+    print_table(PLAN_COLUMNS, rows, "the file asks for nothing")
+    print_line()
+    for gpu in answer.gpus:
+        print_line(_gpu_line(gpu))
+    if answer.changes:
+        downtime = f"{answer.predicted_downtime_ms / 1000:.1f} s" if answer.move else "none"
+        print_line(f"{answer.plan_id}: predicted downtime of models: {downtime}")
+    else:
+        print_line(f"{answer.plan_id}: nothing to do")
+
+
+def diff(session: Session, file: str) -> int:
+    """`gpuctl part diff`: 0 when nothing would change, else 1."""
+    answer = _ask(session, file)
+    if session.json:
+        print_json(answer)
+    else:
+        for gpu in answer.gpus:
+            if gpu.mig_change:
+                reset = ", with a reset" if gpu.reset else ""
+                print_line(f"~ gpu{gpu.index} {gpu.mig_change} MIG mode{reset}")
+            for name in gpu.destroy:
+                print_line(one_line(f"- {name}{' (models move)' if name in gpu.move else ''}"))
+            for name in gpu.create:
+                print_line(one_line(f"+ {name}"))
+    return Exit.FAILED if answer.changes else Exit.OK
+
+
+def export(session: Session) -> None:
+    """`gpuctl part export`."""
+    layout = session.client.layout()
+    if session.json:
+        print_json(partition_pb2.Layout(text=layout))
+        return
+    print_line(layout.rstrip())
+
+
+def _ask(session: Session, file: str) -> partition_pb2.LayoutPlan:
+    source = "standard input" if file == "-" else file
+    return session.client.plan_layout(_read(file), source=source)
+
+
+def _read(file: str) -> str:
+    try:
+        if file == "-":
+            content = sys.stdin.buffer.read(LAYOUT_BYTES_MAX + 1)
+        else:
+            with Path(file).open("rb") as opened:
+                content = opened.read(LAYOUT_BYTES_MAX + 1)
+        if len(content) > LAYOUT_BYTES_MAX:
+            raise CommandFailed(f"{file} is larger than {LAYOUT_BYTES_MAX} bytes", Exit.USAGE)
+        return content.decode()
+    except OSError as error:
+        raise CommandFailed(f"cannot read {file}: {error.strerror}", Exit.USAGE) from error
+    except UnicodeDecodeError as error:
+        raise CommandFailed(f"{file} is not UTF-8: {error}", Exit.USAGE) from error
+
+
+def _steps(plan: partition_pb2.LayoutPlan) -> list[tuple[str, str, str]]:
+    """What is done to each partition, GPU by GPU, in the order in which it would be done."""
+    steps = []
+    for gpu in plan.gpus:
+        steps += [("leave alone", name, "not ours") for name in gpu.foreign]
+        steps += [("keep", name, NOTHING) for name in gpu.keep]
+        steps += [
+            ("destroy", name, "must move" if name in gpu.move else NOTHING) for name in gpu.destroy
+        ]
+        if gpu.mig_change:
+            reset = "resets the GPU" if gpu.reset else NOTHING
+            steps.append((f"{gpu.mig_change} MIG", f"gpu{gpu.index}", reset))
+        steps += [("create", name, NOTHING) for name in gpu.create]
+    return steps
+
+
+def _gpu_line(gpu: partition_pb2.GpuLayoutPlan) -> str:
+    before, after = gpu.fragmentation_before, gpu.fragmentation_after
+    return f"gpu{gpu.index}: fragmentation {100 * before:.0f}% now, {100 * after:.0f}% then"
