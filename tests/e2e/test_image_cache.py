@@ -42,7 +42,7 @@ def images(node: LocalNode) -> list[Path]:
 def written(node: LocalNode, count: int) -> list[Path]:
     """The images on disk, once there are so many."""
     deadline = time.monotonic() + WRITTEN_TIMEOUT_S
-    while len(images(node)) < count:
+    while len(images(node)) < count or len(list(Path(node.directory).rglob("*.key"))) < count:
         assert time.monotonic() < deadline, "the image was not written"
         time.sleep(0.05)
     return images(node)
