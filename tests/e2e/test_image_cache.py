@@ -16,6 +16,7 @@ from tests.e2e.conftest import PROMPTS, REPOSITORY, NodeMaker, Oracle
 PROMPT = PROMPTS["prose"][0]
 TOKENS = 12
 WRITTEN_TIMEOUT_S = 20.0
+CACHE_BYTES = 256 << 20
 ALTERED_BYTES = 200_000
 
 
@@ -41,7 +42,7 @@ def images(node: LocalNode) -> list[Path]:
 def written(node: LocalNode, count: int) -> list[Path]:
     """The images on disk, once there are so many."""
     deadline = time.monotonic() + WRITTEN_TIMEOUT_S
-    while len(images(node)) < count:
+    while len(images(node)) < count or len(list(Path(node.directory).rglob("*.key"))) < count:
         assert time.monotonic() < deadline, "the image was not written"
         time.sleep(0.05)
     return images(node)
@@ -71,7 +72,11 @@ def test_weights_come_back_from_disk_unless_something_changed(
     time.sleep(SETTLE_S)  # the file system's clock cannot be set
     expected = oracle.answer("prose", PROMPT, TOKENS)
 
-    node = start_node(repository=repository, load=("prose",))
+    node = start_node(
+        config={"image_cache": {"budget_bytes": CACHE_BYTES}},
+        repository=repository,
+        load=("prose",),
+    )
     assert ask(node) == expected
     assert (loads(node, "checkpoint"), loads(node, "cache")) == (1, 0)
     kept = written(node, 1)
