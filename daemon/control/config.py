@@ -77,13 +77,14 @@ class HostStore(Section):
 
 
 class ImageCache(Section):
-    """Images on disk, as they are in host memory: what was built once is read back much faster.
+    """Images on disk, as they are in host memory: what was built once is read back, not built.
 
-    `directory` is STATE_DIR/images unless given. `budget_bytes` 0 keeps none.
+    `directory` is STATE_DIR/images unless given. `budget_bytes` 0, as long as nothing else is said,
+    keeps none: it is worth its disk where building costs more than reading (docs/decisions/0004).
     """
 
     directory: str = ""
-    budget_bytes: Bytes = 64 << 30
+    budget_bytes: Bytes = 0
 
 
 class Worker(Section):

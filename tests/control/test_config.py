@@ -33,11 +33,11 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
 def test_images_on_disk_are_below_the_state_unless_said_otherwise(tmp_path: Path) -> None:
     config = read(tmp_path, "")
     assert config.image_cache.directory == "/var/x/images"
-    assert config.image_cache.budget_bytes == 64 << 30
+    assert config.image_cache.budget_bytes == 0
     assert (config.limits.builds_max, config.limits.build_threads) == (2, 4)
-    text = '[image_cache]\ndirectory = "/big"\nbudget_bytes = 0\n[host_store]\nhuge_pages = "off"\n'
+    text = '[image_cache]\ndirectory = "/big"\nbudget_bytes = 9\n[host_store]\nhuge_pages = "off"\n'
     config = read(tmp_path, text)
-    assert (config.image_cache.directory, config.image_cache.budget_bytes) == ("/big", 0)
+    assert (config.image_cache.directory, config.image_cache.budget_bytes) == ("/big", 9)
     assert config.host_store.huge_pages == "off"
     assert config.host_store.budget_bytes > 0
 

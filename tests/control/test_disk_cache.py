@@ -18,6 +18,7 @@ from daemon.control.records import Intent, Kind
 from daemon.control.running import Request
 from tests.support.control_stage import Theatre, staged, until
 
+CACHE_BYTES = 1 << 30
 QUIET = "[scheduling]\nswap_on_demand = false\n"
 IMAGE_BYTES = (1 << 20) + 4096
 
@@ -32,6 +33,9 @@ def play(
     *models: str,
     settings: str = QUIET,
 ) -> None:
+    if "[image_cache]" not in settings:
+        settings += f"[image_cache]\nbudget_bytes = {CACHE_BYTES}\n"
+
     async def main() -> None:
         async with asyncio.timeout(30), staged(tmp_path, *models, settings=settings) as stage:
             stage.builders.key = key_of
@@ -227,8 +231,11 @@ def test_a_directory_that_cannot_be_used_costs_a_warning(tmp_path: Path) -> None
         assert (await load(stage, "prose")).failure is None
 
     (tmp_path / "file").write_text("")
-    settings = QUIET + f'[image_cache]\ndirectory = "{tmp_path}/file/images"\n'
-    play(tmp_path, scenario, "prose", settings=settings)
+    settings = (
+        QUIET
+        + f'[image_cache]\ndirectory = "{tmp_path}/file/images"\nbudget_bytes = {CACHE_BYTES}\n'
+    )
+    play(tmp_path, scenario, "prose", settings=QUIET + table)
 
 
 def test_no_more_loads_than_allowed_run_at_once_and_the_others_in_turn(tmp_path: Path) -> None:
