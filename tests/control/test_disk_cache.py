@@ -231,10 +231,7 @@ def test_a_directory_that_cannot_be_used_costs_a_warning(tmp_path: Path) -> None
         assert (await load(stage, "prose")).failure is None
 
     (tmp_path / "file").write_text("")
-    settings = (
-        QUIET
-        + f'[image_cache]\ndirectory = "{tmp_path}/file/images"\nbudget_bytes = {CACHE_BYTES}\n'
-    )
+    table = f'[image_cache]\ndirectory = "{tmp_path}/file/images"\nbudget_bytes = {CACHE_BYTES}\n'
     play(tmp_path, scenario, "prose", settings=QUIET + table)
 
 

@@ -40,8 +40,6 @@ def start_node(tmp_path: Path) -> Iterator[NodeMaker]:
         # Small partitions: a worker makes all of its memory present when it starts.
         tables = {**(config or {})}
         tables["worker"] = {"memory_bytes": MEMORY_BYTES, **tables.get("worker", {})}
-        # An image that is written in the background would be counted as a leak by some tests.
-        tables.setdefault("image_cache", {"budget_bytes": 0})
         node = LocalNode(
             tmp_path / f"node{len(nodes)}", simulate=simulate, repository=repository, config=tables
         )
