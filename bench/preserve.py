@@ -33,7 +33,8 @@ from engine.link.control import InFlight
 VOCABULARY, LARGER_VOCABULARY = 131_072, 229_376
 HIDDEN, LAYERS = 128, 4
 REQUESTS, TOKENS_MIN, TOKENS_MAX = 32, 500, 2000
-CONTEXT_TOKENS = 2048
+CONTEXT_TOKENS = 4096
+"""Long enough that no request ends while the others are still begun."""
 PARKING_BYTES = 4 << 30
 MIB = 1 << 20
 SLACK_BYTES = 48 * MIB
@@ -85,8 +86,8 @@ class Traffic:
             step, _ = await self._worker.gateway.receive()
             self._worker.gateway.post(tokens.Grant(1))
             for output in step.outputs:
-                if output.error:
-                    raise RuntimeError(output.error)
+                if output.finish is not None:
+                    raise RuntimeError(f"a request ended: {output.finish} {output.error}")
                 if output.request in self._seen:
                     self._seen[output.request] += len(output.tokens)
             self._heard.set()
