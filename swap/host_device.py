@@ -143,8 +143,11 @@ class HostDevice:
         return 0
 
     def copy_out(self, destination: int, source: int, size_bytes: int) -> int:
-        """Copy now, in this thread; other threads run meanwhile."""
-        with self._copying(source, size_bytes, size_bytes, _OUT):
+        """Copy now, in this thread; other threads run meanwhile.
+
+        Not paced: it reads samples back to verify them, and a swap's figures are of its weights.
+        """
+        with self._copying(source, size_bytes, size_bytes, None):
             self._memory.copy(destination, source, size_bytes)
         return 0
 
@@ -166,9 +169,9 @@ class HostDevice:
 
     @contextmanager
     def _copying(
-        self, address: int, span_bytes: int, copied_bytes: int, direction: int
+        self, address: int, span_bytes: int, copied_bytes: int, direction: int | None
     ) -> Iterator[None]:
-        """Keep a range of the device from being unmapped, and the link's pace."""
+        """Keep a range of the device from being unmapped, and a direction of the link's pace."""
         copy = (address, address + span_bytes)
         with self._lock:
             self._check_open()
@@ -177,7 +180,7 @@ class HostDevice:
             started = self._clock.monotonic()
         try:
             yield
-            if self.link_bytes_per_s is not None:
+            if self.link_bytes_per_s is not None and direction is not None:
                 self._pace(started, copied_bytes / self.link_bytes_per_s, direction)
         finally:
             with self._lock:
