@@ -1,6 +1,8 @@
 """Tokens per second through HTTP beside the engine alone, in one run.
 
-    python -m bench.serving [--output bench/results/serving.json]
+    GOMP_SPINCOUNT=5000 python -m bench.serving [--output bench/results/serving.json]
+
+The variable is what the worker sets for itself: so both engines wait for their threads alike.
 
 The engine runs in this process; the node (daemon, gateway, worker) beside it serves the same
 weights as a checkpoint. Both get the same 32 greedy requests, given as token ids; through HTTP they
