@@ -100,7 +100,8 @@ def run_engine(
     spec: ModelSpec, weights: dict[str, torch.Tensor], prompts: Tokens, new_tokens: int
 ) -> Timing:
     """All prompts at once through an engine of its own."""
-    limits = EngineLimits(CONTEXT_TOKENS, len(prompts), len(prompts), STEP_TOKENS)
+    count = len(prompts)
+    limits = EngineLimits(CONTEXT_TOKENS, count, count, STEP_TOKENS, prefix_cache=False)
     engine = Engine(spec, weights, PlainKvSpace(PAGE_BYTES, KV_PAGES), limits)
     sampling = Sampling(max_tokens=new_tokens, temperature=0.0)
     tokens: Tokens = [[] for _ in prompts]

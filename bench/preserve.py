@@ -1,13 +1,16 @@
-"""What preserving running requests adds to a swap on `device = host`, beside computing them again.
+"""What preserving running requests adds to a swap, beside one without any and computing them again.
 
     python -m bench.preserve [--rounds 3] [--output bench/results/preserve.json]
+    python -m bench.preserve --device cuda [--output bench/results/gpu-preserve.json] [--fake]
 
-Two models share a partition, the second larger than the first by more than its requests' KV. Each
-round begins 32 requests of 500 to 2,000 tokens for the first, swaps to the second, and back. That
-is done three ways: `recompute`; `preserve` on a partition where the KV can stay on the device; and
-`preserve` on one where it must be parked in host memory. Measured are the exchange that takes the
-requests away, and the time from the order to bring them back until each has its next token. The
-bench plays hotbayd and the gateway; the worker is the real process.
+Two models of one shape share a partition. Each way first swaps to the second and back with nothing
+running; then requests are begun for the first, and it swaps to and fro with these. That is done
+three ways: `recompute`; `preserve` on a partition where the KV can stay on the device; and
+`preserve` on one where the second model's own KV needs the room, so that it must be parked in host
+memory. Measured are the exchange that takes the requests away, and the time from the order to bring
+them back until each has its next token. On a GPU the models are of 8B and the requests of 2,000
+tokens, and computing them again is left out; a dry run does it in small sizes over a fake driver.
+The bench plays hotbayd and the gateway; the worker is the real process.
 """
 
 from __future__ import annotations
@@ -26,18 +29,19 @@ from typing import Any
 import psutil
 
 from bench.results import Figure, report
-from bench.worker import BenchWorker, BuiltModel, build_model, decoder
-from engine.link import control, tokens
+from bench.shapes import Dtype, gpu_shape, large_model, same_image
+from bench.swap_cuda import Setting, note_host_memory
+from bench.traffic import CONTEXT_TOKENS, Traffic
+from bench.worker import BenchWorker, BuiltModel, decoder
+from engine.link import control
 from engine.link.control import InFlight
+from engine.models.spec import ModelSpec
+from engine.worker.measures import kv_pages_min
 
-VOCABULARY, LARGER_VOCABULARY = 131_072, 229_376
-HIDDEN, LAYERS = 128, 4
-REQUESTS, TOKENS_MIN, TOKENS_MAX = 32, 500, 2000
-CONTEXT_TOKENS = 4096
-"""Long enough that no request ends while the others are still begun."""
-PARKING_BYTES = 4 << 30
+GROWTH_TOKENS = 256
+"""What each request may grow by meanwhile, and still have room."""
+ADDS_MAX = 1.05
 MIB = 1 << 20
-SLACK_BYTES = 48 * MIB
 PRESENT_TIMEOUT_S = 120.0
 
 
@@ -50,19 +54,61 @@ class Way:
     roomy: bool
 
 
-WAYS = (
-    Way("recompute", InFlight.RECOMPUTE, roomy=True),
+RECOMPUTE = Way("recompute", InFlight.RECOMPUTE, roomy=True)
+PRESERVE = (
     Way("preserve, KV stays on the device", InFlight.PRESERVE, roomy=True),
     Way("preserve, KV is parked", InFlight.PRESERVE, roomy=False),
 )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is swapped, and what runs meanwhile."""
+
+    spec: ModelSpec
+    dtype: Dtype
+    requests: int
+    tokens_min: int
+    tokens_max: int
+    parking_bytes: int
+    ways: tuple[Way, ...]
+    setting: Setting | None = None
+    """None: on the host device."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """What the requests may come to, all together, and one of the longest in any case."""
+        return max(CONTEXT_TOKENS, self.requests * (self.tokens_max + GROWTH_TOKENS))
+
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt, evenly spread and shuffled."""
+        spread = self.tokens_max - self.tokens_min
+        found = [
+            self.tokens_min + spread * place // max(1, self.requests - 1)
+            for place in range(self.requests)
+        ]
+        random.Random(1).shuffle(found)
+        return found
+
+    @classmethod
+    def of(cls, device: str, fake: bool) -> Scale:
+        """The scale of a device, or a dry run's."""
+        if device == "host":
+            ways = (RECOMPUTE, *PRESERVE)
+            return cls(decoder(131_072, 128, 4), "float32", 32, 500, 2000, 4 << 30, ways)
+        setting, spec = Setting.of(fake), gpu_shape("8B", tiny=fake)
+        if fake:
+            return cls(spec, "bfloat16", 4, 200, 200, 64 * MIB, PRESERVE, setting)
+        return cls(spec, "bfloat16", 32, 2000, 2000, 16 << 30, PRESERVE, setting)
 
 
 @dataclass
 class Measured:
     """Seconds of each round, and what the ledgers said."""
 
+    plain_s: list[float] = field(default_factory=list)
+    """Swaps away with nothing running."""
     away_s: list[float] = field(default_factory=list)
-    back_s: list[float] = field(default_factory=list)
     resumed_s: list[float] = field(default_factory=list)
     copy_ms: list[float] = field(default_factory=list)
     park_ms: list[float] = field(default_factory=list)
@@ -70,120 +116,94 @@ class Measured:
     parked_bytes: list[int] = field(default_factory=list)
     preserved: list[int] = field(default_factory=list)
 
-
-class Traffic:
-    """The requests' answers, read all the time so that the worker never waits for credit."""
-
-    def __init__(self, worker: BenchWorker) -> None:
-        self._worker = worker
-        self._seen: dict[int, int] = {}
-        self._heard = asyncio.Event()
-        self._numbers = iter(range(1, 1 << 30))
-        self.task = asyncio.create_task(self._read())
-
-    async def _read(self) -> None:
-        while True:
-            step, _ = await self._worker.gateway.receive()
-            self._worker.gateway.post(tokens.Grant(1))
-            for output in step.outputs:
-                if output.finish is not None:
-                    raise RuntimeError(f"a request ended: {output.finish} {output.error}")
-                if output.request in self._seen:
-                    self._seen[output.request] += len(output.tokens)
-            self._heard.set()
-
-    def begin(self, model: str, lengths: list[int]) -> None:
-        for length in lengths:
-            number = next(self._numbers)
-            self._seen[number] = 0
-            prompt = tuple((number + place) % VOCABULARY for place in range(length))
-            sampling = tokens.Sampling(max_tokens=CONTEXT_TOKENS, temperature=0.0, ignore_eos=True)
-            self._worker.gateway.post(tokens.Submit(number, model, prompt, sampling))
-
-    async def advanced(self) -> None:
-        """Wait until every request has one token more than now."""
-        before = dict(self._seen)
-        while any(self._seen[number] <= count for number, count in before.items()):
-            self._heard.clear()
-            waiting = asyncio.create_task(self._heard.wait())
-            await asyncio.wait({waiting, self.task}, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
-            if self.task.done():
-                self.task.result()
-
-    def end(self) -> None:
-        for number in self._seen:
-            self._worker.gateway.post(tokens.Cancel(number))
-        self._seen.clear()
+    @property
+    def adds(self) -> float:
+        """How many times as long the swap away takes with the requests."""
+        return statistics.median(self.away_s) / statistics.median(self.plain_s)
 
 
-async def measure(way: Way, rounds: int, models: list[BuiltModel], kv_bytes: int) -> Measured:
-    """Rounds of one way, on a worker of its own; the first round warms up and is not counted."""
-    first, second = (built.manifest.weights_bytes for built in models)
-    assert second - first > kv_bytes, "a tight partition must have no room for both"
-    memory_bytes = second + SLACK_BYTES + (kv_bytes if way.roomy else 0)
-    measured, draw = Measured(), random.Random(1)
-    with tempfile.TemporaryDirectory(prefix="hb") as directory:
-        arguments = ("--parking-bytes", str(PARKING_BYTES), "--stage-timeout-s", "120")
-        worker = await BenchWorker.start(Path(directory), memory_bytes, *arguments)
-        for built in models:
-            await worker.attach(built)
+async def start(
+    scale: Scale, way: Way, directory: Path, models: list[BuiltModel]
+) -> tuple[BenchWorker, int]:
+    """A worker with just the memory that the way asks for, and tokens of the second's context."""
+    setting = scale.setting
+    page_bytes = setting.page_bytes if setting else 2 * MIB
+    manifest = models[0].manifest
+    spec = control.EngineSpec("", "", scale.kv_tokens, 1, 1)
+    kv_pages = kv_pages_min(spec, manifest, page_bytes)
+    pages = -(-manifest.weights_bytes // page_bytes) + kv_pages
+    memory_bytes = (pages + (kv_pages if way.roomy else 0)) * page_bytes
+    options = ("--parking-bytes", str(scale.parking_bytes), "--stage-timeout-s", "120")
+    if setting is None:
+        worker = await BenchWorker.start(directory, memory_bytes, *options)
         await present(worker, memory_bytes)
-        traffic = Traffic(worker)
-        await exchange(worker, "first", None, models[0], way.in_flight)
-        for number in range(rounds + 1):
-            spread = range(REQUESTS)
-            lengths = [
-                TOKENS_MIN + (TOKENS_MAX - TOKENS_MIN) * place // (REQUESTS - 1) for place in spread
-            ]
-            draw.shuffle(lengths)
-            traffic.begin(models[0].model, lengths)
+    else:
+        before = setting.used_bytes()
+        total = memory_bytes + setting.workspace_bytes
+        worker = await setting.start(directory, total, *options)
+        await setting.until_used(before + memory_bytes)
+    for built in models:
+        await worker.attach(built)
+    return worker, scale.kv_tokens
+
+
+async def measure(scale: Scale, way: Way, rounds: int, models: list[BuiltModel]) -> Measured:
+    """Rounds of one way, on a worker of its own; each kind's first round is not counted."""
+    measured, (first, second) = Measured(), models
+    with tempfile.TemporaryDirectory(prefix="hb") as directory:
+        starting, second_tokens = await start(scale, way, Path(directory), models)
+        first_limits = (CONTEXT_TOKENS, scale.requests, scale.requests)
+        second_limits = (second_tokens, scale.requests, scale.requests)
+        async with starting as worker:
+
+            async def away(name: str) -> tuple[float, control.Ledger]:
+                seconds, result = await worker.exchange(
+                    name, first.model, second, second_limits, way.in_flight
+                )
+                return seconds, result.ledger
+
+            async def back(name: str) -> control.Ledger:
+                _, result = await worker.exchange(
+                    name, second.model, first, first_limits, way.in_flight
+                )
+                return result.ledger
+
+            await worker.exchange("first", None, first, first_limits)
+            for number in range(rounds + 1):
+                plain_s, _ = await away(f"plain {number} away")
+                await back(f"plain {number} back")
+                if number:
+                    measured.plain_s.append(plain_s)
+            traffic = Traffic(worker, scale.spec.vocabulary)
+            traffic.begin(first.model, scale.lengths())
             await traffic.advanced()
-            away_s, away = await exchange(
-                worker, f"{number}-away", models[0], models[1], way.in_flight
-            )
-            started = time.monotonic()
-            back_s, back = await exchange(
-                worker, f"{number}-back", models[1], models[0], way.in_flight
-            )
-            await traffic.advanced()
-            resumed_s = time.monotonic() - started
+            for number in range(rounds + 1):
+                away_s, ledger = await away(f"{number} away")
+                started = time.monotonic()
+                returned = await back(f"{number} back")
+                await traffic.advanced()
+                resumed_s = time.monotonic() - started
+                if number:
+                    measured.away_s.append(away_s)
+                    measured.resumed_s.append(resumed_s)
+                    measured.copy_ms.append(ledger.copy_ms)
+                    measured.park_ms.append(ledger.park_ms)
+                    measured.unpark_ms.append(returned.unpark_ms)
+                    measured.parked_bytes.append(ledger.parked_bytes)
+                    measured.preserved.append(ledger.requests_preserved)
             traffic.end()
-            if number:
-                measured.away_s.append(away_s)
-                measured.back_s.append(back_s)
-                measured.resumed_s.append(resumed_s)
-                measured.copy_ms.append(away.copy_ms)
-                measured.park_ms.append(away.park_ms)
-                measured.unpark_ms.append(back.unpark_ms)
-                measured.parked_bytes.append(away.parked_bytes)
-                measured.preserved.append(away.requests_preserved)
-        traffic.task.cancel()
-        await worker.close()
+    check(scale, way, measured)
     return measured
 
 
-async def exchange(
-    worker: BenchWorker,
-    operation: str,
-    outgoing: BuiltModel | None,
-    incoming: BuiltModel,
-    in_flight: InFlight,
-) -> tuple[float, control.Ledger]:
-    """Seconds from sending an exchange to its answer, and its ledger."""
-    digest = incoming.manifest.digest
-    request = control.Exchange(
-        operation=operation,
-        outgoing=(outgoing.model,) if outgoing else (),
-        incoming=control.EngineSpec(incoming.model, digest, CONTEXT_TOKENS, REQUESTS, REQUESTS),
-        in_flight=in_flight,
-    )
-    started = time.monotonic()
-    result = (await worker.call(request)).result
-    seconds = time.monotonic() - started
-    if result.error:
-        raise RuntimeError(result.error)
-    return seconds, result.ledger
+def check(scale: Scale, way: Way, measured: Measured) -> None:
+    """Raises RuntimeError when the requests were not treated as the way says."""
+    kept = scale.requests if way.in_flight is InFlight.PRESERVE else 0
+    if set(measured.preserved) != {kept} or any(measured.parked_bytes) == way.roomy:
+        raise RuntimeError(
+            f"{way.name}: {measured.preserved} of {scale.requests} requests were preserved, and "
+            f"{measured.parked_bytes} bytes of their KV were parked"
+        )
 
 
 async def present(worker: BenchWorker, memory_bytes: int) -> None:
@@ -196,45 +216,53 @@ async def present(worker: BenchWorker, memory_bytes: int) -> None:
         await asyncio.sleep(0.1)
 
 
-async def compare(rounds: int, output: Path | None) -> bool:
-    """All ways, one after the other."""
-    spec = decoder(VOCABULARY, HIDDEN, LAYERS)
-    larger = decoder(LARGER_VOCABULARY, HIDDEN, LAYERS)
-    models = [build_model("first@1", spec, 1), build_model("second@1", larger, 2)]
-    kv_bytes = spec.kv_bytes_per_token("float32") * REQUESTS * (TOKENS_MIN + TOKENS_MAX) // 2
-    found = {way.name: await measure(way, rounds, models, kv_bytes) for way in WAYS}
-    plain = statistics.median(found["recompute"].away_s)
-    again = statistics.median(found["recompute"].resumed_s)
+def figures_of(scale: Scale, found: dict[str, Measured]) -> list[Figure]:
+    """What is quoted. Only on a GPU, whose link is duplex, is there a bound; not in a dry run."""
+    bounded = scale.setting is not None and not scale.setting.fake
     figures = []
     for name, one in found.items():
         away, resumed = statistics.median(one.away_s), statistics.median(one.resumed_s)
-        parked = statistics.median(one.parked_bytes)
+        preserve = name != RECOMPUTE.name
         figures += [
-            Figure(f"{name}: swap away", f"{away * 1000:.0f} ms ({away / plain:.2f} x recompute)"),
             Figure(
-                f"{name}: back to a token of each",
-                f"{resumed * 1000:.0f} ms ({resumed / again:.2f} x recompute)",
+                f"{name}: swap away",
+                f"{away * 1000:.0f} ms ({one.adds:.2f} x with nothing running)",
+                f"<= {ADDS_MAX:g} x" if bounded and preserve else "",
+                one.adds <= ADDS_MAX if bounded and preserve else None,
             ),
+            Figure(f"{name}: back to a token of each", f"{resumed * 1000:.0f} ms"),
         ]
-        if parked:
-            copy, park = statistics.median(one.copy_ms), statistics.median(one.park_ms)
+        if any(one.parked_bytes):
             figures.append(
                 Figure(
-                    f"{name}: {parked / MIB:.0f} MiB out beside the weights in",
-                    f"{park:.0f} ms out, {copy:.0f} ms in, "
+                    f"{name}: {statistics.median(one.parked_bytes) / MIB:.0f} MiB out beside the "
+                    "weights in",
+                    f"{statistics.median(one.park_ms):.0f} ms out, "
+                    f"{statistics.median(one.copy_ms):.0f} ms in, "
                     f"{statistics.median(one.unpark_ms):.0f} ms back",
                 )
             )
+    return figures
+
+
+async def compare(scale: Scale, rounds: int, output: Path | None) -> bool:
+    """All ways, one after the other. Raises RuntimeError."""
+    note_host_memory(scale.spec.parameters * (4 if scale.dtype == "float32" else 2))
+    first = large_model("first@1", scale.spec, 1, scale.dtype)
+    models = [first, same_image(first, "second@1")]
+    found = {way.name: await measure(scale, way, rounds, models) for way in scale.ways}
+    device = "the host device" if scale.setting is None else "the GPU, 8B in bf16"
+    dry = " (dry run)" if scale.setting is not None and scale.setting.fake else ""
     return report(
-        "preserving requests through a swap on the host device",
-        figures,
+        f"preserving requests through a swap on {device}{dry}",
+        figures_of(scale, found),
         parameters={
-            "requests": REQUESTS,
-            "tokens": [TOKENS_MIN, TOKENS_MAX],
-            "weights_bytes": [built.manifest.weights_bytes for built in models],
-            "kv_bytes": kv_bytes,
+            "requests": scale.requests,
+            "tokens": [scale.tokens_min, scale.tokens_max],
+            "weights_bytes": first.manifest.weights_bytes,
+            "kv_bytes_per_token": scale.spec.kv_bytes_per_token(scale.dtype),
             "rounds": rounds,
-            "dtype": "float32",
+            "dtype": scale.dtype,
         },
         measurements={name: vars(one) for name, one in found.items()},
         output=output,
@@ -245,9 +273,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; the exit status says whether its bounds were met."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=["host", "cuda"], default="host")
+    parser.add_argument("--fake", action="store_true", help="dry run over a fake driver")
     parser.add_argument("--output", type=Path)
     values: Any = parser.parse_args(arguments)
-    return 0 if asyncio.run(compare(values.rounds, values.output)) else 1
+    scale = Scale.of(values.device, values.fake)
+    return 0 if asyncio.run(compare(scale, values.rounds, values.output)) else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Renders docs/benchmarks.md from bench/results/*.json: `python -m bench.render [--check]`.
 
-The page is never edited by hand; with `--check` the script fails when it is not what the results
-say.
+First come all figures that were held against something, then those that only a GPU can give and
+that have no result yet, by the parts of `scripts/gpu-check` that take them, then each result. The
+page is never edited by hand; with `--check` the script fails when it is not what the results say.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from scripts.gpu_check import PARTS, Part
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -23,13 +26,62 @@ peer that was measured in the same run, since the machines are shared and their 
 """
 
 
+def where(result: dict[str, Any]) -> str:
+    """The machine that a result was taken on, in a few words."""
+    machine = result["machine"]
+    words = f"{machine['processor']}, {machine['cores']} cores"
+    return f"{words}, {machine['gpu']}" if machine.get("gpu") else words
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Every figure that was held against something."""
+    words = {True: "yes", False: "**no**", None: ""}
+    rows = [
+        f"| {result['name']} | {figure['what'].strip()} | {figure['reach']} | {figure['measured']} "
+        f"| {words[figure['met']]} | {where(result)} |"
+        for result in results
+        for figure in result["figures"]
+        if figure["reach"]
+    ]
+    lines = [
+        "## What was asked and what was measured",
+        "",
+        "| benchmark | figure | asked | measured | met | machine |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def untaken(parts: tuple[Part, ...]) -> str:
+    """The figures that a GPU is needed for and that have no result; empty when all are taken."""
+    rows = [
+        f"| {ask.figure} | {ask.reach} | `scripts/gpu-check --only {part.name}` |"
+        for part in parts
+        for ask in part.asks
+        if not (RESULTS / part.result).exists()
+    ]
+    if not rows:
+        return ""
+    lines = [
+        "## Still to be taken on a GPU",
+        "",
+        "What takes them runs in small sizes over a fake driver (`scripts/gpu-check --fake`). On a",
+        "machine with a GPU `scripts/gpu-check` takes all of them, goes on where it was cut short,",
+        "and leaves the GPU's settings as they are; packages that such a machine lacks and cannot",
+        "fetch are carried there as a folder of wheels: `scripts/gpu-check --wheels DIR`.",
+        "",
+        "| figure | asked | taken by |",
+        "|---|---|---|",
+        *rows,
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def section(result: dict[str, Any]) -> str:
     """One result as a heading, a line on where it was taken, and a table."""
-    machine, versions = result["machine"], result["versions"]
-    where = f"{machine['processor']}, {machine['cores']} cores"
-    if machine.get("gpu"):
-        where += f", {machine['gpu']}"
-    stack = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    versions = sorted(result["versions"].items())
+    stack = ", ".join(f"{name} {version}" for name, version in versions)
     sizes = ", ".join(f"{key} {value}" for key, value in result["parameters"].items())
     rows = [
         f"| {figure['what']} | {figure['reach']} | {figure['measured']} |"
@@ -38,7 +90,7 @@ def section(result: dict[str, Any]) -> str:
     lines = [
         f"## {result['name']}",
         "",
-        f"{result['date']}, {where}; {stack}.",
+        f"{result['date']}, {where(result)}; {stack}.",
         f"Sizes: {sizes}.",
         "",
         "| figure | reach | measured |",
@@ -53,7 +105,8 @@ def render() -> str:
     results = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))
     ]
-    return "\n".join([HEAD, *(section(result) for result in results)])
+    parts = [HEAD, summary(results), untaken(PARTS), *(section(result) for result in results)]
+    return "\n".join(part for part in parts if part)
 
 
 def main() -> int:

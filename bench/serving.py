@@ -78,7 +78,12 @@ def main() -> int:
     alone, served = [], []
     with tempfile.TemporaryDirectory(prefix="hotbay-bench-") as root:
         write_checkpoint(model, Path(root) / "models" / "bench" / "1")
-        node = LocalNode(Path(root) / "node", repository=Path(root) / "models")
+        # Each round has the same prompts, which are to be computed each time.
+        node = LocalNode(
+            Path(root) / "node",
+            repository=Path(root) / "models",
+            config={"worker": {"prefix_cache": False}},
+        )
         with node:
             node.client.wait(node.client.load("bench"))
             url = node.http_url

@@ -7,13 +7,15 @@ is measured is the worker. It measures nothing itself.
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +25,20 @@ from engine.link.frames import Link
 from engine.link.peer import Peer
 from engine.models.layout import image_recipes
 from engine.models.spec import ModelSpec, Rope
-from swap.image import Manifest, checksum_of, complete, plan_image, segment_bytes, write_manifest
-from swap.image import write_all as write_at
+from swap.checksum import checksum_of
+from swap.image import PIECE_WEIGHTS, Manifest, complete, plan_image, segment_bytes
+from swap.piece_writer import PieceWriter, close_gaps
+from swap.pieces import place_pieces
 from swap.segment import Segment
+from swap.writing import write_all as write_at
+from swap.writing import write_manifest
 
 ROOT = Path(__file__).parents[1]
 CALL_TIMEOUT_S = 120.0
 RANDOM_BYTES = 16 << 20
+Limits = tuple[int, int, int]
+"""Of an engine: tokens of context, requests that may run, and that may wait."""
+LIMITS: Limits = (128, 8, 64)
 
 
 @dataclass(frozen=True)
@@ -61,23 +70,41 @@ def decoder(vocabulary: int, hidden: int, layers: int) -> ModelSpec:
 
 
 def build_model(
-    model: str, spec: ModelSpec, seed: int, dtype: Literal["float32", "bfloat16"] = "float32"
+    model: str,
+    spec: ModelSpec,
+    seed: int,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    *,
+    packed: bool = False,
 ) -> BuiltModel:
-    """Write an image of random weights, straight into its segment; norms are ones."""
+    """Write an image of normal weights, straight into its segment; norms are ones."""
     recipes = image_recipes(spec)
-    layout = plan_image(recipes, dtype, spec.to_dict())
+    piece_weights = PIECE_WEIGHTS if packed else 0
+    layout = plan_image(recipes, dtype, spec.to_dict(), piece_weights=piece_weights)
     segment = Segment.create(segment_bytes(layout), model)
     draw = np.random.default_rng(seed)
     block = encoded(0.05 * draw.standard_normal(RANDOM_BYTES // 4, dtype=np.float32), dtype)
-    checksums = {}
+    stored_offsets = {piece.tensor.name: piece for piece in reversed(place_pieces(layout))}
+    checksums, pieces, stored = {}, {}, {}
     for entry in layout.tensors:
         if "norm" in entry.name:
             data = encoded(np.ones(entry.shape, dtype=np.float32), dtype)
         else:
             data = (block * (entry.size_bytes // len(block) + 1))[: entry.size_bytes]
-        write_at(segment.descriptor, data, entry.offset_bytes)
-        checksums[entry.name] = checksum_of(hashlib.sha256(data))
-    manifest = complete(layout, checksums)
+        if packed:
+            place = stored_offsets[entry.name].stored_offset_bytes
+            writer = PieceWriter(segment.descriptor, entry, place, piece_weights)
+            writer.write(memoryview(data))
+            pieces[entry.name] = writer.finish()
+            stored[entry.name] = writer.stored_checksum
+        else:
+            write_at(segment.descriptor, data, entry.offset_bytes)
+        checksums[entry.name] = checksum_of(data)
+    manifest = (
+        complete(layout, checksums, pieces, stored) if packed else complete(layout, checksums)
+    )
+    if packed:
+        close_gaps(segment, layout, manifest)
     write_manifest(segment.descriptor, manifest)
     segment.seal()
     return BuiltModel(model, segment, manifest)
@@ -102,14 +129,22 @@ class BenchWorker:
         self._stages: asyncio.Queue[control.StageReached] = asyncio.Queue()
 
     @classmethod
-    async def start(cls, runtime_dir: Path, memory_bytes: int, *arguments: str) -> BenchWorker:
-        """Start a worker, connect to it, and wait until its memory is present."""
+    async def start(
+        cls,
+        runtime_dir: Path,
+        memory_bytes: int,
+        *arguments: str,
+        program: str = "engine.worker.main",
+        environment: Mapping[str, str] | None = None,
+    ) -> BenchWorker:
+        """Start a worker, with more in its environment if asked to, and connect to it."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "engine.worker.main", "--partition", "bench", "--runtime-dir"),
+            *("-m", program, "--partition", "bench", "--runtime-dir"),
             *(str(runtime_dir), "--generation", "1", "--memory-bytes", str(memory_bytes)),
             *arguments,
             cwd=ROOT,
+            env={**os.environ, **(environment or {})},
         )
         worker = cls(process, runtime_dir / "workers" / "bench")
         worker.hotbayd = Peer(
@@ -138,7 +173,12 @@ class BenchWorker:
         await self.call(message, (built.segment.descriptor,))
 
     async def swap(
-        self, operation: str, outgoing: str | None, incoming: BuiltModel, prompt: tuple[int, ...]
+        self,
+        operation: str,
+        outgoing: str | None,
+        incoming: BuiltModel,
+        prompt: tuple[int, ...],
+        limits: Limits = LIMITS,
     ) -> tuple[float, control.ExchangeResult]:
         """Exchange, with a request for the incoming model as soon as it is taken.
 
@@ -147,7 +187,7 @@ class BenchWorker:
         request = control.Exchange(
             operation=operation,
             outgoing=(outgoing,) if outgoing else (),
-            incoming=control.EngineSpec(incoming.model, incoming.manifest.digest, 128, 8, 64),
+            incoming=control.EngineSpec(incoming.model, incoming.manifest.digest, *limits),
         )
         while not self._stages.empty():
             self._stages.get_nowait()
@@ -160,6 +200,34 @@ class BenchWorker:
         seconds = time.monotonic() - started
         stage.cancel()
         return seconds, (await exchanging).result
+
+    async def exchange(
+        self,
+        operation: str,
+        outgoing: str | None,
+        incoming: BuiltModel,
+        limits: Limits = LIMITS,
+        in_flight: control.InFlight = control.InFlight.DRAIN,
+        *,
+        keep_staged: bool = False,
+    ) -> tuple[float, control.ExchangeResult]:
+        """Exchange with no request for the incoming model; seconds until it is committed.
+
+        Raises RuntimeError when it is rolled back.
+        """
+        request = control.Exchange(
+            operation=operation,
+            outgoing=(outgoing,) if outgoing else (),
+            incoming=control.EngineSpec(incoming.model, incoming.manifest.digest, *limits),
+            in_flight=in_flight,
+            keep_staged=keep_staged,
+        )
+        started = time.monotonic()
+        result = (await self.call(request)).result
+        seconds = time.monotonic() - started
+        if result.error:
+            raise RuntimeError(result.error)
+        return seconds, result
 
     async def answer(self, model: str, prompt: tuple[int, ...]) -> int:
         """One greedy token for a prompt."""
@@ -174,6 +242,22 @@ class BenchWorker:
                     if not output.tokens:
                         raise RuntimeError(f"{model} answered {output.finish}: {output.error}")
                     return int(output.tokens[0])
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the worker, by force after an error: it must not keep what others need."""
+        if error is None:
+            await self.close()
+        elif self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
 
     async def close(self) -> None:
         """End the worker."""

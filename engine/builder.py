@@ -23,6 +23,8 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.link.build import (
+    PACKED_DTYPE,
+    Build,
     BuildProgress,
     Built,
     Failed,
@@ -34,18 +36,31 @@ from engine.link.build import (
     Save,
     Saved,
     ToBuilder,
+    Tokenize,
+    Tokenized,
+    Touch,
+    Touched,
 )
 from engine.link.errors import LinkError
 from engine.link.frames import Link
-from engine.models.layout import image_recipes
+from engine.models.layout import check_all_used, image_recipes
 from engine.models.spec import ModelSpec
 from swap.build import build_image, check_sources
 from swap.cached_image import restore_image, save_image
 from swap.checkpoint import Checkpoint
 from swap.errors import SwapError
 from swap.identity import Identity, identify
-from swap.image import ITEM_BYTES, Manifest, TensorRecipe, plan_image, segment_bytes
+from swap.image import (
+    ITEM_BYTES,
+    PIECE_WEIGHTS,
+    Manifest,
+    TensorRecipe,
+    plan_image,
+    segment_bytes,
+)
 from swap.numa import prefer_node
+from swap.pieces import device_bytes
+from swap.presence import make_present
 from swap.segment import Segment
 
 THREADS_MAX = 64
@@ -57,6 +72,12 @@ class BuilderMisuse(Exception):
     """hotbayd asked for something out of order."""
 
     reason = "BUILD_REFUSED"
+
+
+class TokenizerUnusable(Exception):
+    """The checkpoint's tokenizer cannot be read."""
+
+    reason = "CHECKPOINT_INVALID"
 
 
 @dataclass(frozen=True)
@@ -79,21 +100,37 @@ class Inspection:
 
 def inspect(directory: str, dtype: str) -> Inspection:
     """Read configuration and headers, and lay the image out. Raises EngineError or SwapError."""
+    piece_weights = 0
+    if dtype == PACKED_DTYPE:
+        dtype, piece_weights = "bfloat16", PIECE_WEIGHTS
     if dtype not in ITEM_BYTES:
-        raise BuilderMisuse(f"weights cannot be {dtype!r}: use one of {', '.join(ITEM_BYTES)}")
+        known = ", ".join([*ITEM_BYTES, PACKED_DTYPE])
+        raise BuilderMisuse(f"weights cannot be {dtype!r}: use one of {known}")
     spec = ModelSpec.from_directory(directory)
     recipes = image_recipes(spec)
-    layout = plan_image(recipes, dtype, spec.to_dict())
+    layout = plan_image(recipes, dtype, spec.to_dict(), piece_weights=piece_weights)
     # Before the files are opened: what changes from here on must not pass for settled.
     started_ns = time.time_ns()
     checkpoint = Checkpoint.open(directory)
     try:
         check_sources(checkpoint, recipes)
+        check_all_used(recipes, checkpoint.tensors)
         identity = identify(checkpoint, recipes, layout)
     except BaseException:
         checkpoint.close()
         raise
     return Inspection(spec, recipes, checkpoint, layout, identity, started_ns)
+
+
+def tokenize(directory: str, text: str) -> tuple[int, ...]:
+    """A text's tokens by a checkpoint's tokenizer. Raises TokenizerUnusable."""
+    from tokenizers import Tokenizer  # only here: most builders need none
+
+    file = Path(directory) / "tokenizer.json"
+    try:
+        return tuple(Tokenizer.from_file(str(file)).encode(text).ids)
+    except Exception as error:  # the library raises plain Exceptions
+        raise TokenizerUnusable(f"{file} cannot be used: {error}") from error
 
 
 class Builder:
@@ -131,7 +168,7 @@ class Builder:
             request, descriptors = item
             try:
                 reply = await self._answer(request, descriptors)
-            except (EngineError, SwapError, BuilderMisuse) as error:
+            except (EngineError, SwapError, BuilderMisuse, TokenizerUnusable) as error:
                 metadata = getattr(error, "metadata", {})
                 reply = Failed(request.call, error.reason, str(error), metadata)
             except Exception as error:  # a bug or the system's refusal: say it, do not vanish
@@ -143,16 +180,29 @@ class Builder:
                 await self._link.send(reply)
             except LinkError:
                 return
+            except Exception as error:  # as above: hotbayd must not wait for what cannot be sent
+                what = f"the builder's reply cannot be sent: {error!r}"
+                await self._link.send(Failed(request.call, "INTERNAL", what))
 
     async def _answer(self, request: ToBuilder, descriptors: list[int]) -> FromBuilder:
         if isinstance(request, Inspect):
             return await self._inspect(request)
+        if isinstance(request, Tokenize):
+            tokens = await asyncio.to_thread(tokenize, request.directory, request.text)
+            return Tokenized(request.call, tokens)
         # A segment is closed with the descriptors it came with.
         if isinstance(request, Save):
             if len(descriptors) != 1 or not Segment(descriptors[0]).sealed:
                 raise BuilderMisuse("an image that is to be kept needs one sealed segment")
             await asyncio.to_thread(self._save, Segment(descriptors[0]), Path(request.path))
             return Saved(request.call)
+        if isinstance(request, Touch):
+            if len(descriptors) != 1 or not 0 < request.threads <= THREADS_MAX:
+                raise BuilderMisuse(
+                    f"touching memory needs one segment and 1 to {THREADS_MAX} threads"
+                )
+            await asyncio.to_thread(self._touch, Segment(descriptors[0]), request)
+            return Touched(request.call)
         if self._inspection is None or len(descriptors) != 1:
             raise BuilderMisuse(
                 f"a build needs an inspected checkpoint and one segment, not {len(descriptors)}"
@@ -160,7 +210,9 @@ class Builder:
         if not 0 < request.threads <= THREADS_MAX:
             raise BuilderMisuse(f"{request.threads} threads are not 1 to {THREADS_MAX}")
         segment = Segment(descriptors[0])
-        if segment.sealed or segment.size_bytes != segment_bytes(self._inspection.layout):
+        if segment.sealed or segment.size_bytes != segment.whole_pages(
+            segment_bytes(self._inspection.layout)
+        ):
             raise BuilderMisuse(
                 f"a segment of {segment.size_bytes} bytes is not what was asked for"
             )
@@ -168,7 +220,7 @@ class Builder:
             await asyncio.to_thread(self._restore, self._inspection, segment, request)
             return Restored(request.call)
         inspection = self._inspection
-        manifest = await asyncio.to_thread(self._build, inspection, segment, request.threads)
+        manifest = await asyncio.to_thread(self._build, inspection, segment, request)
         return Built(request.call, manifest.digest, inspection.key_if_unchanged())
 
     async def _inspect(self, request: Inspect) -> Inspected:
@@ -186,8 +238,8 @@ class Builder:
             context_tokens=found.spec.context_tokens,
             checkpoint_bytes=found.checkpoint.size_bytes,
             segment_bytes=segment_bytes(found.layout),
-            weights_bytes=found.layout.weights_bytes,
-            kv_bytes_per_token=found.spec.kv_bytes_per_token(request.dtype),
+            weights_bytes=device_bytes(found.layout),
+            kv_bytes_per_token=found.spec.kv_bytes_per_token(found.layout.dtype),
             key=found.identity.key,
         )
 
@@ -202,7 +254,6 @@ class Builder:
             segment,
             digest=request.digest,
             threads=request.threads,
-            huge_pages=request.huge_pages,
             progress=self._tell,
             cancelled=self._cancelled,
         )
@@ -212,13 +263,25 @@ class Builder:
         os.nice(SAVE_NICENESS)
         save_image(segment, path, cancelled=self._cancelled)
 
-    def _build(self, inspection: Inspection, segment: Segment, threads: int) -> Manifest:
+    def _touch(self, segment: Segment, request: Touch) -> None:
+        if segment.sealed:
+            raise BuilderMisuse("a sealed segment's memory is there already")
+        prefer_node(request.numa_node)
+        make_present(
+            segment,
+            threads=request.threads,
+            huge_pages=request.huge_pages,
+            cancelled=self._cancelled,
+        )
+
+    def _build(self, inspection: Inspection, segment: Segment, request: Build) -> Manifest:
+        prefer_node(request.numa_node)
         return build_image(
             inspection.checkpoint,
             inspection.recipes,
             inspection.layout,
             segment,
-            threads=threads,
+            threads=request.threads,
             progress=self._tell,
             cancelled=self._cancelled,
         )

@@ -2,26 +2,27 @@
 
 Owns the requests from submission to their last token, the KV account and the decoder over the
 weights it was given. It never owns a thread, a socket or the memory of its weights: the worker
-calls `step` while `has_work`, all from one thread. Invariants: a request is answered with exactly
-one finish unless it is cancelled; what goes wrong with one request ends that one alone; a paused
-engine holds no weight, its KV can be taken away page by page, and what it ran goes on afterwards
-with the same tokens.
+calls `step` while `has_work`, all from one thread. Where computing overlaps, a step is planned and
+launched before the one before it is collected: what turns out to have ended by then has its draw
+thrown away. Invariants: a request is answered with exactly one finish unless it is cancelled; what
+goes wrong with one request ends that one alone; pages are given up only while nothing is computed;
+a paused engine holds no weight, its KV can be taken away page by page, and what it ran goes on
+afterwards with the same tokens.
 """
 
 from __future__ import annotations
 
+import logging
+import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-import numpy as np
-import torch
-
+from engine.block_copies import BlockCopies
 from engine.block_pool import BlockPool
-from engine.device_tensors import placed
+from engine.choose_stepper import choose_stepper
 from engine.errors import KvTooSmall
-from engine.kernels.protocol import Span
-from engine.kernels.reference.kernels import ReferenceKernels
+from engine.flight import Flight
+from engine.graphs import Graphs
 from engine.kv_layout import KvLayout
 from engine.kv_space import KvSpace
 from engine.limits import EngineLimits
@@ -29,33 +30,15 @@ from engine.link.tokens import Finish, Output, Sampling
 from engine.models.decoder import Decoder, Gate, OpenGate, Weights
 from engine.models.spec import ModelSpec
 from engine.parking import KvLane, Vacating
-from engine.request import Request
-from engine.sampler import Draw, sample
+from engine.prefix_keys import SECRET_BYTES, PrefixKeys
+from engine.refusals import no_room, refusal
+from engine.request import UNDRAWN, Request
+from engine.sampler import Draw
 from engine.scheduler import Chunk, Scheduler
+from engine.statistics import EngineStatistics
+from engine.stepper import MakeStepper
 
-
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """What an engine holds now and did since it was made."""
-
-    running: int
-    waiting: int
-    kv_used_bytes: int
-    """Of blocks that requests hold."""
-    kv_bytes: int
-    """Of pages mapped now."""
-    prompt_tokens_total: int
-    """Tokens of prompts whose computation was begun; doing it again does not count."""
-    generation_tokens_total: int
-    computed_tokens_total: int
-    """Tokens that went through the model; doing it again does count."""
-    preemptions_total: int
-    steps_total: int
-    parked: int
-    """Waiting requests whose KV is in host memory."""
-    parked_bytes: int
-    unparked_s: float
-    """Time spent on bringing KV back since it was made."""
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -67,7 +50,8 @@ class Engine:
             for output in engine.step(): ...
 
     Made without `weights` it is paused until `resume`. `weights` has the tensors that
-    `image_recipes` names, of `dtype`. Raises BlockTooLarge or KvTooSmall.
+    `image_recipes` names, of `dtype`. `graphs` captures steps where the device does; engines of one
+    worker share it. Raises BlockTooLarge or KvTooSmall.
     """
 
     def __init__(
@@ -79,6 +63,9 @@ class Engine:
         *,
         gate: Gate | None = None,
         dtype: str = "float32",
+        graphs: Graphs | None = None,
+        make_stepper: MakeStepper = choose_stepper,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
         self.limits = limits
@@ -93,17 +80,24 @@ class Engine:
                 available_bytes=kv.pages_max * kv.page_bytes,
             )
         self._pool = BlockPool(kv, self.layout.blocks_per_page)
-        self._scheduler = Scheduler(limits, self._pool, self.layout.block_tokens)
-        memory = kv.memory()
-        self._device = memory.device
-        self._kernels = ReferenceKernels(spec, self.layout, memory)
+        keys = None
+        if limits.prefix_cache:
+            keys = PrefixKeys(secrets.token_bytes(SECRET_BYTES), self.layout.block_tokens)
+        self._scheduler = Scheduler(limits, self._pool, self.layout.block_tokens, keys)
+        self._copies = BlockCopies(self.layout, kv.memory())
+        self._clock = clock
+        self._stepper = make_stepper(spec, self.layout, kv.memory(), limits, graphs)
         self._requests: dict[int, Request] = {}
-        self._refused: list[Output] = []
+        self._ready: list[Output] = []
+        """Outputs for the next step to return."""
+        self._flight: Flight | None = None
+        self._gated = False
         self._decoder: Decoder | None = None
         self._arrivals = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._computed_tokens = 0
+        self._discarded_tokens = 0
         self._unparked_s = 0.0
         self._steps = 0
         if weights is not None:
@@ -112,17 +106,24 @@ class Engine:
     # Requests.
 
     def submit(
-        self, request_id: int, prompt: Sequence[int], sampling: Sampling, priority: int = 0
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> None:
         """Let a request wait for its turn; what cannot be run ends with an error in the next step.
+
+        It shares cached prefixes with requests of the same `cache_salt` only.
 
         Raises ValueError for an id that is in use: answers could not be told apart.
         """
         if request_id in self._requests:
             raise ValueError(f"request {request_id} is running or waiting already")
-        refusal = self._refusal(prompt, sampling)
-        if refusal:
-            self._refused.append(Output(request_id, finish=Finish.ERROR, error=refusal))
+        why_not = refusal(prompt, sampling, self.limits, self.spec, self.waiting)
+        if why_not:
+            self._ready.append(Output(request_id, finish=Finish.ERROR, error=why_not))
             return
         stops = set(sampling.stop_token_ids)
         if not sampling.ignore_eos:
@@ -136,6 +137,8 @@ class Engine:
             arrival=self._arrivals,
             tokens_max=min(len(prompt) + sampling.max_tokens, self.limits.context_tokens),
             stop_token_ids=frozenset(stops),
+            arrived_s=self._clock(),
+            cache_salt=cache_salt,
         )
         self._arrivals += 1
         self._requests[request_id] = request
@@ -143,7 +146,7 @@ class Engine:
 
     def cancel(self, request_id: int) -> bool:
         """Forget a request and free its KV; nothing is answered. False when there is none."""
-        self._refused = [output for output in self._refused if output.request != request_id]
+        self._ready = [output for output in self._ready if output.request != request_id]
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
@@ -154,7 +157,9 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything: never while paused, but to answer refusals."""
-        return bool(self._refused) or (self._decoder is not None and bool(self._requests))
+        return bool(self._ready) or (
+            self._decoder is not None and (bool(self._requests) or self._flight is not None)
+        )
 
     @property
     def running_requests(self) -> frozenset[int]:
@@ -176,28 +181,30 @@ class Engine:
     def step(self) -> list[Output]:
         """Compute one step: at most one token for each request, and chunks of prompts.
 
-        When it raises (a gate whose weights do not come), no request has changed and it can be
-        called again.
+        Where computing overlaps, what is returned is of the step before: it is collected once the
+        next is under way. When it raises (a gate whose weights do not come), no request has changed
+        and it can be called again.
         """
-        outputs, self._refused = self._refused, []
         if self._decoder is None:
-            return outputs
-        plan = self._scheduler.schedule()
-        self._unpark()
-        for request in plan.exhausted:
-            outputs.append(self._end(request, Finish.ERROR, "no KV memory is left to run it"))
-        # Chunks of one shape lie side by side, so that they can be computed as one.
-        chunks = sorted(plan.chunks, key=_shape)
-        if chunks:
-            try:
-                draws = self._compute(self._decoder, chunks)
-            except BaseException:
-                self._refused = outputs
-                raise
-            outputs += self._commit(chunks, draws)
-            self._steps += 1
+            return self._take_ready()
+        launched = self._launch(self._decoder)
+        try:
+            self._land()
+        finally:
+            self._flight = launched
+        if not self._overlapping:
+            self._land()
         self._release_idle()
-        return outputs
+        return self._take_ready()
+
+    def settle(self) -> list[Output]:
+        """Wait for the step that is under way, if one is; returns what is to be sent.
+
+        Afterwards every request has the tokens it was told of, and nothing is computed.
+        """
+        self._land()
+        self._release_idle()
+        return self._take_ready()
 
     # Weights.
 
@@ -208,11 +215,38 @@ class Engine:
 
     def pause(self, *, keep_kv: bool = False) -> None:
         """Let go of weights and, unless it is to be kept, of all KV; what runs waits with the
-        tokens it has."""
+        tokens it has. A step that is under way is waited for; what it brought is returned by the
+        next call of `step`. Cached prefixes stay only in pages that hold KV which is kept."""
+        self._land()
         if not keep_kv:
             self._scheduler.preempt_all()
         self._decoder = None
         self._pool.trim()
+
+    @property
+    def pages_held(self) -> int:
+        """KV pages up to the last that a request needs: only those behind it can be given up."""
+        return self._pool.pages_held
+
+    def trim(self) -> None:
+        """Give up the last pages of KV in which there is nothing."""
+        self._land()
+        self._pool.trim_empty()
+
+    def trim_cached(self, pages: int) -> int:
+        """Give up the last pages of KV in which there are cached prefixes alone, at most `pages`;
+        returns how many."""
+        self._land()
+        return self._pool.trim(pages)
+
+    def abandon(self) -> None:
+        """Wait until nothing is computed, whatever becomes of it: its pages go."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            try:
+                self._stepper.collect(flight.launched)
+            except Exception:
+                log.exception("the last step of a model that is given up failed")
 
     def vacate(self, pages: int, lane: KvLane) -> Vacating:
         """Begin to give up the last `pages` KV pages of a paused engine, by way of `lane`.
@@ -228,8 +262,16 @@ class Engine:
             request.forget_kv()
 
     def resume(self, weights: Weights, gate: Gate | None = None) -> None:
-        """Go on with `weights`, each layer of which is used only once `gate` lets it."""
-        self._decoder = Decoder(self.spec, weights, self._kernels, gate or OpenGate())
+        """Go on with `weights`, each layer of which is used only once `gate` lets it.
+
+        Behind a gate nothing overlaps: what is computed there may have to be taken back.
+        """
+        self._decoder = Decoder(self.spec, weights, self._stepper.kernels, gate or OpenGate())
+        self._gated = gate is not None
+
+    def open_gate(self) -> None:
+        """The weights are all there, and are what they should be."""
+        self._gated = False
 
     def statistics(self) -> EngineStatistics:
         """Figures for the worker's state and metrics."""
@@ -238,100 +280,151 @@ class Engine:
             running=self.running,
             waiting=self.waiting,
             kv_used_bytes=self._pool.used * self.layout.block_bytes,
-            kv_bytes=self._pool.pages * self.layout.page_bytes,
+            kv_bytes=self._pool.pages_held * self.layout.page_bytes,
+            cached_bytes=self._pool.idle * self.layout.block_bytes,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
             computed_tokens_total=self._computed_tokens,
+            prefix_lookup_tokens_total=self._scheduler.prefixes.lookup_tokens,
+            prefix_hit_tokens_total=self._scheduler.prefixes.hit_tokens,
             preemptions_total=self._scheduler.preemptions,
             steps_total=self._steps,
             parked=len(parked),
             parked_bytes=sum(one.size_bytes for one in parked),
             unparked_s=self._unparked_s,
+            discarded_tokens_total=self._discarded_tokens,
+            stepper=self._stepper.statistics,
         )
 
     # Inside.
 
-    def _refusal(self, prompt: Sequence[int], sampling: Sampling) -> str:
-        limits = self.limits
-        if not prompt:
-            return "the prompt has no tokens"
-        if len(prompt) >= limits.context_tokens:
-            return (
-                f"the prompt has {len(prompt)} tokens, and the context of {limits.context_tokens} "
-                "must hold at least one more: shorten it"
-            )
-        if sampling.max_tokens < 1:
-            return f"max_tokens is {sampling.max_tokens}; it must be at least 1"
-        if min(prompt) < 0 or max(prompt) >= self.spec.vocabulary:
-            return f"the prompt holds a token outside the vocabulary of {self.spec.vocabulary}"
-        if self.waiting >= limits.waiting_requests_max:
-            return f"{self.waiting} requests wait already: try again later"
-        return ""
+    @property
+    def _overlapping(self) -> bool:
+        return self._stepper.overlaps and not self._gated
 
-    @torch.inference_mode()
-    def _compute(self, decoder: Decoder, chunks: Sequence[Chunk]) -> list[Draw]:
-        """Run the chunks; draws are those of the chunks that draw, in order."""
-        spans = [Span(chunk.start, chunk.count, chunk.request.blocks) for chunk in chunks]
-        counts = np.array([chunk.count for chunk in chunks])
-        ends = np.cumsum(counts)
-        starts = np.array([chunk.start for chunk in chunks])
-        positions = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
-        tokens: list[int] = []
+    def _launch(self, decoder: Decoder) -> Flight | None:
+        """Plan a step and begin it; None when there is nothing to compute."""
+        plan = self._scheduler.schedule()
+        if plan.exhausted or any(one.incomplete for one in self._scheduler.running):
+            # They may end by the step before it; and KV is not brought to its blocks beside it.
+            self._land(gone=plan.exhausted)
+        lost = self._fill()
+        for request in plan.exhausted:
+            if self._is_open(request):
+                del self._requests[request.id]
+                error = no_room(len(request.tokens), self.layout)
+                self._ready.append(Output(request.id, finish=Finish.ERROR, error=error))
+        # Chunks of one shape lie side by side, so that they can be computed as one.
+        planned = [one for one in plan.chunks if one.request not in lost]
+        chunks = sorted((one for one in planned if self._is_open(one.request)), key=_shape)
+        if not chunks:
+            return None
+        launched = self._stepper.launch(decoder, chunks, steady=not self._gated)
+        draws = tuple((chunk.request, chunk.end) for chunk in chunks if chunk.draws)
         for chunk in chunks:
-            tokens += chunk.request.tokens[chunk.start : chunk.end]
-        plan = self._kernels.plan(spans, torch.from_numpy(positions))
-        drawing = [index for index, chunk in enumerate(chunks) if chunk.draws]
-        rows = placed(torch.from_numpy(ends[np.array(drawing, dtype=np.int64)] - 1), self._device)
-        logits = decoder.forward(placed(torch.tensor(tokens), self._device), plan, rows)
-        return sample(logits, [chunks[index].request for index in drawing])
+            # What is computed later comes after it on the device, and may use it already.
+            self._scheduler.advance(chunk)
+        for request, place in draws:
+            # One that ends by its length has no token to be computed after this.
+            if self._overlapping and place + 1 < request.tokens_max:
+                request.tokens.append(UNDRAWN)
+        self._steps += 1
+        return Flight(tuple(chunks), draws, launched)
 
-    def _commit(self, chunks: Sequence[Chunk], draws: Sequence[Draw]) -> list[Output]:
-        """Note what was computed, and turn draws into outputs."""
-        outputs = []
-        for chunk in chunks:
+    def _land(self, gone: Sequence[Request] = ()) -> None:
+        """Collect the step that is under way: note what was computed, and make outputs of draws.
+
+        `gone` are requests that the scheduler has dropped already.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        draws = self._stepper.collect(flight.launched)
+        for chunk in flight.chunks:
             request = chunk.request
-            request.computed = chunk.end
             self._computed_tokens += chunk.count
             if not request.counted:
                 request.counted = True
                 self._prompt_tokens += request.prompt_tokens
-        ready = [chunk.request for chunk in chunks if chunk.draws]
-        for request, draw in zip(ready, draws, strict=True):
-            outputs.append(self._accept(request, draw))
-        return outputs
+        for (request, place), draw in zip(flight.draws, draws, strict=True):
+            if self._is_open(request):
+                self._ready.append(self._accept(request, draw, place, request in gone))
+            else:
+                self._discarded_tokens += 1
 
-    def _accept(self, request: Request, draw: Draw) -> Output:
-        """Add one drawn token to its request, or end it."""
+    def _is_open(self, request: Request) -> bool:
+        return self._requests.get(request.id) is request
+
+    def _accept(self, request: Request, draw: Draw, place: int, gone: bool) -> Output:
+        """Put one drawn token in its place in the request, or end it."""
+        cached = request.cached_tokens if place == request.prompt_tokens else 0
         if draw.token is None:
-            return self._end(request, Finish.ERROR, "the model's output for it is not a number")
+            # Nobody is to go on from what led to this.
+            self._scheduler.prefixes.forget(request)
+            error = "the model's output for it is not a number"
+            return self._end(request, Finish.ERROR, error, gone=gone)
         if draw.token in request.stop_token_ids:
-            return self._end(request, Finish.STOP)
-        request.tokens.append(draw.token)
+            return self._end(request, Finish.STOP, gone=gone, cached_tokens=cached)
+        # Behind it there may be one that is on its way already.
+        request.tokens[place : place + 1] = [draw.token]
         self._generation_tokens += 1
         finish = None
-        if len(request.tokens) >= request.tokens_max:
+        if place + 1 >= request.tokens_max:
             finish = Finish.LENGTH
-            self._end(request, finish)
+            self._end(request, finish, gone=gone)
         logprobs = () if draw.logprob is None else (draw.logprob,)
-        return Output(request.id, (draw.token,), logprobs, finish)
+        return Output(request.id, (draw.token,), logprobs, finish, cached_tokens=cached)
 
-    def _unpark(self) -> None:
-        """Bring parked KV back for requests that were given blocks."""
-        for request in self._scheduler.running:
-            if request.parked is not None:
-                started = time.monotonic()
+    def _fill(self) -> list[Request]:
+        """Bring KV that is kept elsewhere to the blocks that requests were given for it.
+
+        Returns those whose parked KV did not come: they wait again, to compute it anew.
+        """
+        self._copies.copy(
+            [
+                (request.source, request.blocks[request.named])
+                for request in self._scheduler.running
+                if request.source is not None
+            ]
+        )
+        lost = []
+        for request in list(self._scheduler.running):
+            self._scheduler.filled(request)
+            if request.parked is None:
+                continue
+            started = time.monotonic()
+            try:
                 request.restore_kv()
-                self._unparked_s += time.monotonic() - started
+            except Exception:
+                log.exception("KV of request %d is computed again: bringing it back", request.id)
+                request.forget_kv()
+                self._scheduler.preempt(request)
+                lost.append(request)
+            self._unparked_s += time.monotonic() - started
+        return lost
 
-    def _end(self, request: Request, finish: Finish, error: str = "") -> Output:
+    def _end(
+        self,
+        request: Request,
+        finish: Finish,
+        error: str = "",
+        *,
+        gone: bool,
+        cached_tokens: int = 0,
+    ) -> Output:
         del self._requests[request.id]
-        if request.blocks:
+        if not gone:
             self._scheduler.remove(request)
-        return Output(request.id, finish=finish, error=error)
+        return Output(request.id, finish=finish, error=error, cached_tokens=cached_tokens)
+
+    def _take_ready(self) -> list[Output]:
+        outputs, self._ready = self._ready, []
+        return outputs
 
     def _release_idle(self) -> None:
-        if not self._requests:
-            self._pool.trim()
+        # A step that is under way may write to pages of what has been cancelled.
+        if not self._requests and self._flight is None:
+            self._pool.trim_empty()
 
 
 def _shape(chunk: Chunk) -> tuple[int, int]:

@@ -32,6 +32,10 @@ class KvSpace(Protocol):
     def pages(self) -> int:
         """Pages mapped now: the first ones."""
 
+    @property
+    def free_pages(self) -> int:
+        """Pages that `grow` has without anybody giving them up."""
+
     def grow(self, count: int) -> int:
         """Map up to `count` more pages at the end; return how many there were to be had."""
 
@@ -62,6 +66,10 @@ class RegionKvSpace:
     @property
     def pages(self) -> int:
         return self._region.mapped_pages
+
+    @property
+    def free_pages(self) -> int:
+        return min(self._region.pool.free_pages, self.pages_max - self.pages)
 
     def grow(self, count: int) -> int:
         """Others take from the same pool meanwhile, so less than what looks free may be left."""
@@ -98,8 +106,12 @@ class PlainKvSpace:
         self.pages = 0
         self._memory: torch.Tensor | None = None
 
+    @property
+    def free_pages(self) -> int:
+        return max(0, min(self.pages_max, self.pages_available) - self.pages)
+
     def grow(self, count: int) -> int:
-        grown = max(0, min(count, min(self.pages_max, self.pages_available) - self.pages))
+        grown = max(0, min(count, self.free_pages))
         self.pages += grown
         return grown
 

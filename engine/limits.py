@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CONTEXT_TOKENS_MAX = 1 << 24
+STEP_TOKENS_MAX = 1 << 20
+STRICT_STEP_TOKENS_MAX = 1024
+"""In a strict engine each token attends by itself: as many decodes as one step can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,16 @@ class EngineLimits:
     waiting_requests_max: int = 4096
     step_tokens: int = 512
     """Tokens of prompts and decodes that one step computes at most."""
+    prefix_cache: bool = True
+    """Whether blocks that nobody holds are kept for prompts that begin with the same tokens."""
+    strict: bool = False
+    """Whether results are the same bit for bit in any company, at a cost (see
+    `engine.kernels.strict`)."""
+
+    @property
+    def step_tokens_max(self) -> int:
+        """What `step_tokens` may be."""
+        return STRICT_STEP_TOKENS_MAX if self.strict else STEP_TOKENS_MAX
 
     def __post_init__(self) -> None:
         ranges = {
@@ -28,7 +41,7 @@ class EngineLimits:
             "running_requests_max": (1, 1 << 16),
             "waiting_requests_max": (1, 1 << 20),
             # Each running request may need one token of the budget to decode.
-            "step_tokens": (self.running_requests_max, 1 << 20),
+            "step_tokens": (self.running_requests_max, self.step_tokens_max),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)

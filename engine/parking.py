@@ -36,6 +36,8 @@ class KvLane:
         self.device = device
         self.area = area
         self.layout = layout
+        self.unparking: Callable[[], None] = lambda: None
+        """Called before KV is copied back; what it raises counts as a copy that failed."""
         self._address = address
 
     def copy_out(self, block: int, address: int) -> None:
@@ -74,10 +76,14 @@ class ParkedKv:
         return len(self.pieces) * self._lane.layout.block_bytes
 
     def restore(self, blocks: Sequence[int]) -> None:
-        """Copy it into the first of `blocks`, which may be any."""
-        for block, piece in zip(blocks, self.pieces, strict=False):
-            self._lane.copy_in(block, piece)
-        self._lane.device.synchronize()
+        """Copy it into the first of `blocks`, which may be any. When this has returned or raised,
+        nothing is being copied."""
+        try:
+            self._lane.unparking()
+            for block, piece in zip(blocks, self.pieces, strict=False):
+                self._lane.copy_in(block, piece)
+        finally:
+            self._lane.device.synchronize()
 
     def settle(self) -> None:
         """Nothing is written to it any more."""
@@ -145,12 +151,19 @@ class Vacating:
         """Whether nothing is copied any more; `release` has then one last thing to do."""
         return self._ended.is_set()
 
-    def copy(self, progress: Callable[[], None]) -> None:
-        """Copy every block out, from the last page on; `progress` is called after each batch."""
+    def copy(
+        self, progress: Callable[[], None], parking: Callable[[], None] = lambda: None
+    ) -> None:
+        """Copy every block out, from the last page on; `progress` is called after each batch.
+
+        `parking` is called first; what it raises counts as a copy that failed.
+        """
         started = time.monotonic()
         layout = self._lane.layout
         batch = max(1, HAND_OVER_BYTES // layout.page_bytes) * layout.blocks_per_page
         try:
+            if self._blocks:
+                parking()
             for _, group in itertools.groupby(self._blocks, key=lambda move: move[0] // batch):
                 moves = list(group)
                 for block, piece in moves:

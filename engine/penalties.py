@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from engine.request import Request
+from engine.sampling_rows import is_penalised
 
 Index = npt.NDArray[np.int64]
 
@@ -25,7 +26,7 @@ def is_adjusted(request: Request) -> bool:
     return (
         bool(sampling.logit_bias)
         or (request.generated < sampling.min_tokens and bool(request.stop_token_ids))
-        or _is_penalised(request)
+        or is_penalised(request)
     )
 
 
@@ -33,18 +34,9 @@ def adjust(logits: torch.Tensor, requests: Sequence[Request]) -> None:
     """Change `logits` [requests, vocabulary] in place."""
     _ban_stops(logits, requests)
     _add_biases(logits, requests)
-    penalised = [row for row, request in enumerate(requests) if _is_penalised(request)]
+    penalised = [row for row, request in enumerate(requests) if is_penalised(request)]
     if penalised:
         _penalise(logits, requests, penalised)
-
-
-def _is_penalised(request: Request) -> bool:
-    sampling = request.sampling
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.frequency_penalty != 0.0
-        or sampling.presence_penalty != 0.0
-    )
 
 
 def _ban_stops(logits: torch.Tensor, requests: Sequence[Request]) -> None:

@@ -3,7 +3,7 @@
 Owns the state of a request and nothing that decides about it. Invariant: the first `computed`
 tokens have their KV in `blocks`; all others are still to be computed, and one more token can be
 drawn once none is. While `parked` is set their KV is in host memory instead, and `blocks`, if there
-are any, are to be filled from there first.
+are any, are to be filled from there first; while `source` is set, part of it is in that block.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.link.tokens import Sampling
+
+UNDRAWN = -1
+"""The last token of a request whose draw is on its way from the device."""
+CLASS_S = 10.0
+"""What one step of priority is worth: a request goes before those of the next worse class that
+arrived less than this long before it, and after those that have waited longer."""
 
 
 class Parked(Protocol):
@@ -47,6 +53,23 @@ class Request:
     parked: Parked | None = None
     counted: bool = False
     """Whether its prompt is in the statistics: preempted requests compute theirs again."""
+    arrived_s: float = 0.0
+    """When it arrived, on any clock that all requests share."""
+
+    cache_salt: str = ""
+    """Prefixes are shared with requests of the same salt."""
+    keys: list[bytes] = field(default_factory=list)
+    """Names of its first full blocks (see `engine.prefix_keys`), as far as anybody asked."""
+    tail_key: bytes | None = None
+    """The name of what its prompt has behind full blocks; empty if that is nothing."""
+    named: int = 0
+    """Of its blocks, the first ones that are known by their names."""
+    source: int | None = None
+    """A block, held for it, that is to be copied to the first of its blocks that it has for itself
+    alone."""
+    looked_up: bool = False
+    cached_tokens: int = 0
+    """Prompt tokens that were found computed when it first ran."""
 
     def forget_kv(self) -> None:
         """Give up what is parked: its tokens are to be computed again."""
@@ -63,9 +86,23 @@ class Request:
             self.parked = None
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Lower runs first and is preempted last."""
-        return self.priority, self.arrival
+    def rank(self) -> tuple[float, int]:
+        """Lower runs first and is preempted last.
+
+        It never changes, and only what arrives within a bounded time can get in front of it: so
+        nobody waits for ever.
+        """
+        return self.arrived_s + self.priority * CLASS_S, self.arrival
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether KV of computed tokens is yet to be brought to its blocks."""
+        return self.parked is not None or self.source is not None
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens whose values are known to the host: all but a last one that is UNDRAWN."""
+        return len(self.tokens) - (self.tokens[-1] == UNDRAWN)
 
     @property
     def pending(self) -> int:

@@ -19,9 +19,8 @@ from engine.link.tokens import TokenLogprob
 from engine.penalties import adjust, is_adjusted
 from engine.philox import uniform
 from engine.request import Request
+from engine.sampling_rows import TEMPERATURE_GREEDY
 
-TEMPERATURE_GREEDY = 1e-5
-"""Temperatures below it are greedy: dividing by them would overflow."""
 CANDIDATES = 512
 """Likeliest tokens that filters look at first; more are sorted only if these do not suffice."""
 
@@ -111,7 +110,9 @@ def _floors(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         part = logits[sorting]
         keep = np.minimum(top_k[sorting], width)
         found, enough = _cut(part, keep, top_k[sorting] > width, top_p[sorting], width)
-        done = enough.numpy() | (width == vocabulary)
+        # What top-k leaves must be known whole before top-p can take its share of it.
+        unknown = (top_k[sorting] > width) & (top_k[sorting] < vocabulary)
+        done = (enough.numpy() & ~unknown) | (width == vocabulary)
         floor[sorting[done]] = found[torch.from_numpy(done)]
         sorting = sorting[~done]
     relative = torch.from_numpy(np.log(np.maximum(min_p, 1e-38))).float()
@@ -128,8 +129,8 @@ def _cut(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's lowest kept logit among its `width` likeliest, and whether these suffice.
 
-    The first `keep` of them pass top-k; in rows where top-k reaches `beyond` them, all tokens
-    count in top-p's total.
+    The first `keep` of them pass top-k; in rows where it reaches `beyond` them, all tokens count
+    in top-p's total, which is right where top-k keeps all of them.
     """
     best = logits.topk(width, dim=1).values
     kept = best.masked_fill(torch.arange(width) >= torch.from_numpy(keep)[:, None], float("-inf"))

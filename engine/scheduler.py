@@ -4,20 +4,25 @@ Owns the waiting and the running requests and their blocks. It never imports tor
 token. One token budget covers decodes and prompt chunks alike; decodes come first, then prompts
 in order of rank (priority, then arrival). When blocks run out, the newest request of the lowest
 priority goes back to waiting with its tokens and computes them again later. A request whose KV is
-parked waits like any other, and has it brought back when it is given blocks.
+parked waits like any other, and has it brought back when it is given blocks. What the cache of
+prefixes has of a request's tokens is not computed again.
 
 Invariants: a request is waiting, or running with blocks for all of its tokens, or gone with none;
-a step never exceeds its budget; the waiting request of the best rank is never overtaken, so that
-within a priority nobody starves.
+a step never exceeds its budget; the waiting request of the best rank is never overtaken, and ranks
+never change, so that nobody starves: a request waits for those in front of it, and for those of
+better classes that arrive within CLASS_S for each class between them.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.limits import EngineLimits
+from engine.prefix_keys import PrefixKeys
+from engine.prefixes import Prefixes
 from engine.request import Request
 
 
@@ -49,12 +54,22 @@ class StepPlan:
 
 
 class Scheduler:
-    """Decides each step of one engine. Not thread-safe."""
+    """Decides each step of one engine; `keys` names blocks for its prefix cache, if it has one.
 
-    def __init__(self, limits: EngineLimits, pool: BlockPool, block_tokens: int) -> None:
+    Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        pool: BlockPool,
+        block_tokens: int,
+        keys: PrefixKeys | None = None,
+    ) -> None:
         self._limits = limits
         self._pool = pool
         self._block_tokens = block_tokens
+        self.prefixes = Prefixes(pool, keys, block_tokens)
         self.running: list[Request] = []
         """Best rank first."""
         self.waiting: list[Request] = []
@@ -76,6 +91,8 @@ class Scheduler:
         """Send a running request whose KV is parked back to waiting; its blocks are the caller's
         to give back."""
         _take_out(self.running, request)
+        self.prefixes.stopped(request)
+        self.filled(request)
         blocks, request.blocks = request.blocks, []
         self.add(request)
         return blocks
@@ -91,6 +108,17 @@ class Scheduler:
         """Send every running request back to waiting, with the tokens it has so far."""
         while self.running:
             self.preempt(self.running[-1])
+
+    def filled(self, request: Request) -> None:
+        """The block that was to be copied for a running request is copied, or not wanted."""
+        if request.source is not None:
+            self._pool.give_back((request.source,))
+            request.source = None
+
+    def advance(self, chunk: Chunk) -> None:
+        """Note that a chunk was computed."""
+        chunk.request.computed = chunk.end
+        self.prefixes.computed(chunk.request)
 
     def schedule(self) -> StepPlan:
         """Plan the next step. Blocks for it are held when this returns."""
@@ -138,13 +166,25 @@ class Scheduler:
                 for other in self.running
                 if other.pending == 1 or other.rank < request.rank
             )
-            needed = -(-len(request.tokens) // self._block_tokens)
-            if taken >= self._limits.step_tokens or not self._clear_way(request, needed):
+            if taken >= self._limits.step_tokens:
+                return
+            found = self.prefixes.match(request)
+            if found is None:
+                return
+            needed = -(-len(request.tokens) // self._block_tokens) - len(found.blocks)
+            clear = self._clear_way(request, needed)
+            if not clear and found.source is not None:
+                # The block to copy from is one more than it would need otherwise.
+                found = self.prefixes.without_source(found)
+                clear = self._clear_way(request, needed)
+            if not clear:
+                self._pool.give_back(found.held)
                 return
             blocks = self._pool.take(needed)
             assert blocks is not None, "blocks were provided a moment ago"
             del self.waiting[0]
-            request.blocks = blocks
+            request.blocks = [*found.blocks, *blocks]
+            self.prefixes.admitted(request, found)
             bisect.insort(self.running, request, key=_rank)
 
     def _clear_way(self, request: Request, needed: int) -> bool:
@@ -153,11 +193,20 @@ class Scheduler:
         Every running request is left a block to grow into, so that a new one does not push
         another out at once; a request that would run alone needs none.
         """
-        lower = [other for other in self.running if other.priority > request.priority]
+        lower = [
+            other
+            for other in self.running
+            if other.priority > request.priority and other.rank > request.rank
+        ]
+        holds: Counter[int] = Counter()
+        freed = 0
         for victims in range(len(lower) + 1):
             rest = len(self.running) - victims
-            freed = sum(len(other.blocks) for other in lower[len(lower) - victims :])
-            # What victims hold is free after them, and need not be provided beforehand.
+            if victims:
+                # What victims alone hold is free after them, and need not be provided beforehand.
+                for block in lower[-victims].blocks:
+                    holds[block] += 1
+                    freed += holds[block] == self._pool.holds(block)
             if rest < self._limits.running_requests_max and self._pool.provide(
                 needed + rest - freed
             ):
@@ -167,13 +216,17 @@ class Scheduler:
         return False
 
     def _free(self, request: Request) -> None:
-        self._pool.give_back(request.blocks)
+        self.prefixes.stopped(request)
+        self.filled(request)
+        # Backwards, since without its first blocks nothing finds the later ones.
+        self._pool.give_back(reversed(request.blocks))
         request.blocks = []
+        request.named = 0
         if request.parked is None:
             request.computed = 0
 
 
-def _rank(request: Request) -> tuple[int, int]:
+def _rank(request: Request) -> tuple[float, int]:
     return request.rank
 
 

@@ -19,8 +19,8 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from partitioner.errors import NvmlBusyError, NvmlClosedError, NvmlTimeoutError
-from partitioner.geometry import Geometry
-from partitioner.gpu import Gpu, NvmlReader, Telemetry
+from partitioner.geometry import Geometry, Instance
+from partitioner.gpu import Gpu, NvmlDriver, Telemetry
 from partitioner.nvml import PynvmlReader
 
 # Look-ups of seconds are normal under load; a driver that is silent for this long is stuck.
@@ -123,7 +123,9 @@ class CallThread:
 
 
 class BoundedNvml:
-    """An `NvmlReader` for asyncio, with deadlines.
+    """An `NvmlDriver` for asyncio, with deadlines.
+
+    A change that misses its deadline may still be made later: who meant it must read again.
 
     Nothing happens until the first call, which opens the library; where that fails the call raises
     `NvmlUnavailableError` and the next one tries again.
@@ -131,12 +133,12 @@ class BoundedNvml:
 
     def __init__(
         self,
-        open_reader: Callable[[], NvmlReader] = PynvmlReader,
+        open_reader: Callable[[], NvmlDriver] = PynvmlReader,
         deadline_s: float = DEFAULT_DEADLINE_S,
         max_waiting: int = MAX_WAITING_CALLS,
     ) -> None:
         self._open_reader = open_reader
-        self._reader: NvmlReader | None = None
+        self._reader: NvmlDriver | None = None
         self._calls = CallThread("NVML", deadline_s, max_waiting)
 
     async def discover(self) -> tuple[Gpu, ...]:
@@ -157,6 +159,42 @@ class BoundedNvml:
         """Move a GPU's generation on; see `NvmlReader.invalidate`."""
         return await self._calls.call(f"invalidate {uuid}", lambda: self._opened().invalidate(uuid))
 
+    async def reread(self, uuid: str) -> Gpu:
+        """Read one GPU; see `NvmlDriver.reread`."""
+        return await self._calls.call(f"reread {uuid}", lambda: self._opened().reread(uuid))
+
+    async def set_mig_mode(self, uuid: str, generation: int, enabled: bool) -> None:
+        """Switch MIG mode; see `NvmlDriver.set_mig_mode`."""
+        await self._calls.call(
+            f"MIG mode of {uuid}",
+            lambda: self._opened().set_mig_mode(uuid, generation, enabled),
+        )
+
+    async def create_instance(self, uuid: str, generation: int, place: Instance) -> None:
+        """Create an instance; see `NvmlDriver.create_instance`."""
+        await self._calls.call(
+            f"creating {place} on {uuid}",
+            lambda: self._opened().create_instance(uuid, generation, place),
+        )
+
+    async def complete_instance(
+        self, uuid: str, generation: int, number: int, place: Instance
+    ) -> None:
+        """Create a missing compute instance; see `NvmlDriver.complete_instance`."""
+        await self._calls.call(
+            f"completing {place} on {uuid}",
+            lambda: self._opened().complete_instance(uuid, generation, number, place),
+        )
+
+    async def destroy_instance(
+        self, uuid: str, generation: int, number: int, place: Instance
+    ) -> None:
+        """Destroy an instance; see `NvmlDriver.destroy_instance`."""
+        await self._calls.call(
+            f"destroying {place} on {uuid}",
+            lambda: self._opened().destroy_instance(uuid, generation, number, place),
+        )
+
     async def close(self) -> None:
         """Let go of the library. One that is stuck is abandoned. Closing twice is allowed."""
         try:
@@ -165,7 +203,7 @@ class BoundedNvml:
         finally:
             self._calls.stop()
 
-    def _opened(self) -> NvmlReader:
+    def _opened(self) -> NvmlDriver:
         """Return the reader, opened now if need be. Runs in the call thread only."""
         if self._reader is None:
             self._reader = self._open_reader()

@@ -7,10 +7,19 @@ failed, on what, and what the reader can do.
     ├── DocumentError            a YAML document is refused; carries its source and line
     ├── UnknownBoardError        no board of that name in the catalogue
     ├── LayoutDoesNotFitError    no placement of what is wanted; carries the file's line
+    ├── LayoutChangeError        a change of layout was given up; the old layout is there again
+    │   ├── LayoutMovedError     somebody else has changed what was to be kept
+    │   ├── InstanceHeldError    a process that is not ours uses what is to go; carries the pids
+    │   ├── ChangeNotMadeError   the driver reports as done what cannot be seen
+    │   ├── ChangeCancelledError somebody asked for it to stop
+    │   └── NotRolledBackError   neither the new nor the old layout could be reached yet
     ├── SimulationError          a --simulate value, or the installing of the simulated library
     └── NvmlError
         ├── NvmlUnavailableError no usable NVML library or driver on this host
         ├── NvmlCallError        a call of the library failed; carries function and code
+        │   ├── GpuInUseError       a change was refused, because a process uses what it would take
+        │   └── PermissionMissingError  this process may not make it; says what right is missing
+        ├── ResetNeededError     the driver makes the change only with the next reset of the GPU
         ├── NvmlTimeoutError     a call did not return within its deadline
         ├── NvmlBusyError        too many calls wait already
         ├── NvmlClosedError      the reader was closed
@@ -49,6 +58,34 @@ class LayoutDoesNotFitError(PartitionerError):
         self.problem = problem
 
 
+class LayoutChangeError(PartitionerError):
+    """A change of layout was given up. But for `NotRolledBackError` all is as it was."""
+
+
+class LayoutMovedError(LayoutChangeError):
+    """What is there is not what the plan was made for: plan again."""
+
+
+class InstanceHeldError(LayoutChangeError):
+    """Processes that are not ours use what is to be taken away."""
+
+    def __init__(self, problem: str, pids: tuple[int, ...]) -> None:
+        super().__init__(problem)
+        self.pids = pids
+
+
+class ChangeNotMadeError(LayoutChangeError):
+    """The driver said that it made a change, but reading it back shows that it did not."""
+
+
+class ChangeCancelledError(LayoutChangeError):
+    """The change was cancelled between two steps."""
+
+
+class NotRolledBackError(LayoutChangeError):
+    """Neither layout could be reached; the intent stays in the journal, to be settled later."""
+
+
 class SimulationError(PartitionerError):
     """A simulated node cannot be described or put in place as asked."""
 
@@ -72,6 +109,32 @@ class NvmlCallError(NvmlError):
         self.function = function
         self.code = code
         self.reason = reason
+
+
+class GpuInUseError(NvmlCallError):
+    """The driver refuses a change, since some client holds what it would take away."""
+
+    def __init__(self, function: str, code: int, what: str) -> None:
+        NvmlError.__init__(
+            self,
+            f"{what} is in use by another client (NVML: {function}): end the processes on it, "
+            "monitoring tools included, then try again",
+        )
+        self.function, self.code, self.reason = function, code, "in use by another client"
+
+
+class PermissionMissingError(NvmlCallError):
+    """The driver refuses a change to this process. `right` is what lets it."""
+
+    def __init__(self, function: str, code: int, what: str, right: str) -> None:
+        NvmlError.__init__(
+            self, f"{what} is not allowed to this process (NVML: {function}): run hotbayd {right}"
+        )
+        self.function, self.code, self.reason = function, code, "no permission"
+
+
+class ResetNeededError(NvmlError):
+    """A change of MIG mode would only be made by the next reset of the GPU; it was taken back."""
 
 
 class NvmlTimeoutError(NvmlError):

@@ -60,6 +60,7 @@ class Gpu:
 
     `memory_bytes` is the total, of which the driver keeps `memory_reserved_bytes` for itself;
     `memory_used_bytes` is what tenants hold. `numa_node` is None where the host does not tell.
+    `link` names the way to the host's memory: GPUs behind one PCIe root have the same.
     `health_reason` says why when the health is not OK. An empty `uuid` means that the GPU was lost
     before it was ever seen. `instances` is empty without MIG mode, and None where the driver does
     not let this process see them.
@@ -81,6 +82,7 @@ class Gpu:
     instances: tuple[MigInstance, ...] | None = ()
     driver_version: str = ""
     numa_node: int | None = None
+    link: str = ""
     generation: int = 0
     health: GpuHealth = GpuHealth.OK
     health_reason: str = ""
@@ -93,10 +95,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process with a compute context on the GPU. `used_bytes` is None where not told."""
+    """A process with a compute context on the GPU. `used_bytes` is None where not told.
+
+    `instance` is NVML's number of the GPU instance that it uses, None for the whole GPU.
+    """
 
     pid: int
     used_bytes: int | None
+    instance: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,4 +143,32 @@ class NvmlReader(Protocol):
 
     def close(self) -> None:
         """Let go of the library. Closing twice is allowed."""
+        ...
+
+
+class NvmlDriver(NvmlReader, Protocol):
+    """Reads GPUs, and changes how they are cut.
+
+    Every change refuses a generation that is not the current one, and moves it on whether it
+    succeeds or not: whoever goes on reads again first. None touches another GPU or instance.
+    """
+
+    def reread(self, uuid: str) -> Gpu:
+        """Read one GPU that a discovery has listed, whatever its generation is now."""
+        ...
+
+    def set_mig_mode(self, uuid: str, generation: int, enabled: bool) -> None:
+        """Switch MIG mode now; raises `ResetNeededError` where that takes a reset."""
+        ...
+
+    def create_instance(self, uuid: str, generation: int, place: Instance) -> None:
+        """Create a GPU instance at `place`, with one compute instance over all of it."""
+        ...
+
+    def complete_instance(self, uuid: str, generation: int, number: int, place: Instance) -> None:
+        """Create the missing compute instance of a GPU instance that is there."""
+        ...
+
+    def destroy_instance(self, uuid: str, generation: int, number: int, place: Instance) -> None:
+        """Destroy the GPU instance `number` with what is in it; it must be at `place`."""
         ...

@@ -1,20 +1,22 @@
-"""Reading GPUs through pynvml, above the real library or the simulated one alike.
+"""Reading and changing GPUs through pynvml, above the real library or the simulated one alike.
 
-It owns NVML's handles and the last known facts of every GPU. It never changes a device and never
-waits for anything but the library itself: `bounded.BoundedNvml` puts a deadline around it and is
-what a daemon uses. The invariants: a GPU that is in trouble is reported as such and never fails the
-list; handles are cached by UUID and dropped whenever that GPU's generation moves on, because they,
-and indices, go stale after a change of geometry.
+It owns NVML's handles and the last known facts of every GPU. It never changes a device but where
+its caller says so, and never waits for anything but the library itself: `bounded.BoundedNvml` puts
+a deadline around it and is what a daemon uses. The invariants: a GPU that is in trouble is reported
+as such and never fails the list; handles are cached by UUID and dropped whenever that GPU's
+generation moves on, because they, and indices, go stale after a change of geometry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pynvml
 
+from partitioner import nvml_changes
 from partitioner.errors import (
     GpuLostError,
     NvmlCallError,
@@ -22,12 +24,15 @@ from partitioner.errors import (
     NvmlUnavailableError,
     StaleGenerationError,
 )
-from partitioner.geometry import Geometry
+from partitioner.geometry import Geometry, Instance
 from partitioner.gpu import Gpu, GpuHealth, GpuProcess, Telemetry
-from partitioner.nvml_facts import call, call_optional, read_gpu, read_memory
+from partitioner.nvml_facts import call, call_optional, read_ancestor, read_gpu, read_memory
 from partitioner.nvml_instances import read_geometry, read_instances
+from partitioner.pcie import links
 
 _LOST = frozenset({pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_GPU_NOT_FOUND})
+# What NVML gives as the instance of a process that uses the whole GPU.
+_NO_INSTANCE = 0xFFFFFFFF
 # Errors of the library as a whole: no GPU is to blame for them.
 _OF_THE_LIBRARY = frozenset(
     {
@@ -39,7 +44,7 @@ _OF_THE_LIBRARY = frozenset(
 
 
 class PynvmlReader:
-    """An `NvmlReader` over pynvml. Not for use from several threads at once.
+    """An `NvmlDriver` over pynvml. Not for use from several threads at once.
 
     Raises `NvmlUnavailableError` on a host without a usable library.
     """
@@ -54,6 +59,7 @@ class PynvmlReader:
         self._handles: dict[str, Any] = {}
         # What a board allows does not change while its driver is loaded, and takes many calls.
         self._geometries: dict[str, Geometry] = {}
+        self._ancestors: dict[tuple[str, str], int | None] = {}
 
     def discover(self) -> tuple[Gpu, ...]:
         """List every GPU in index order; a GPU seen before and now missing is listed as lost."""
@@ -74,6 +80,12 @@ class PynvmlReader:
                 if error.code in _OF_THE_LIBRARY:
                     raise
                 troubled.append((index, uuid, error))
+        link = links(list(listed.values()), self._ancestor)
+        for uuid, gpu in listed.items():
+            # A name once given stays: it must not change with the GPU that it was taken from.
+            before = self._known.get(uuid)
+            given = before.link if before is not None else ""
+            listed[uuid] = replace(gpu, link=given or link[uuid])
         nameless: list[Gpu] = []
         for index, uuid, failure in troubled:
             gpu = self._in_trouble_at(index, uuid, failure, listed)
@@ -105,7 +117,10 @@ class PynvmlReader:
                 utilization_percent=None if utilization is None else int(utilization.gpu),
                 pcie_generation=call_optional("nvmlDeviceGetCurrPcieLinkGeneration", handle),
                 pcie_lanes=call_optional("nvmlDeviceGetCurrPcieLinkWidth", handle),
-                processes=tuple(GpuProcess(each.pid, each.usedGpuMemory) for each in processes),
+                processes=tuple(
+                    GpuProcess(each.pid, each.usedGpuMemory, _instance_of(each))
+                    for each in processes
+                ),
             )
         except NvmlCallError as error:
             if error.code not in _LOST:
@@ -122,6 +137,46 @@ class PynvmlReader:
         self._handles.pop(uuid, None)
         self._known[uuid] = replace(gpu, generation=gpu.generation + 1)
         return self._known[uuid].generation
+
+    def reread(self, uuid: str) -> Gpu:
+        """Read one known GPU now; a call that fails is raised, not shown as its health."""
+        before = self._current(uuid)
+        if uuid not in self._handles:
+            self._handles[uuid] = call("nvmlDeviceGetHandleByUUID", uuid)
+        handle = self._handles[uuid]
+        gpu = read_gpu(handle, before.index, uuid, before.driver_version)
+        gpu = replace(self._with_instances(gpu, handle), link=before.link)
+        self._known[uuid] = self._with_generation(gpu)
+        return self._known[uuid]
+
+    def set_mig_mode(self, uuid: str, generation: int, enabled: bool) -> None:
+        """Switch MIG mode now; see `NvmlDriver.set_mig_mode`."""
+        with self._changing(uuid, generation) as handle:
+            nvml_changes.set_mig_mode(handle, f"gpu{self._known[uuid].index}", enabled)
+
+    def create_instance(self, uuid: str, generation: int, place: Instance) -> None:
+        """Create an instance with its compute instance; see `NvmlDriver.create_instance`."""
+        with self._changing(uuid, generation) as handle:
+            nvml_changes.create_instance(handle, self._geometry_of(uuid, handle), place)
+
+    def complete_instance(self, uuid: str, generation: int, number: int, place: Instance) -> None:
+        """Create the missing compute instance; see `NvmlDriver.complete_instance`."""
+        with self._changing(uuid, generation) as handle:
+            nvml_changes.complete_instance(handle, self._geometry_of(uuid, handle), number, place)
+
+    def destroy_instance(self, uuid: str, generation: int, number: int, place: Instance) -> None:
+        """Destroy an instance; see `NvmlDriver.destroy_instance`."""
+        with self._changing(uuid, generation) as handle:
+            nvml_changes.destroy_instance(handle, self._geometry_of(uuid, handle), number, place)
+
+    @contextmanager
+    def _changing(self, uuid: str, generation: int) -> Iterator[Any]:
+        """The handle for one change, after which whatever was known of the GPU is old."""
+        handle = self._handle(uuid, generation)
+        try:
+            yield handle
+        finally:
+            self.invalidate(uuid)
 
     def close(self) -> None:
         """Shut NVML down. Closing twice is allowed."""
@@ -140,6 +195,12 @@ class PynvmlReader:
             return gpu
         instances = read_instances(handle, self._geometry_of(gpu.uuid, handle))
         return replace(gpu, instances=instances)
+
+    def _ancestor(self, one: str, other: str) -> int | None:
+        """Where two GPUs meet, read once: boards do not move while the driver is loaded."""
+        if (one, other) not in self._ancestors:
+            self._ancestors[one, other] = read_ancestor(self._handles[one], self._handles[other])
+        return self._ancestors[one, other]
 
     def _require_open(self) -> None:
         if not self._open:
@@ -189,6 +250,11 @@ class PynvmlReader:
         if gpu.health is GpuHealth.LOST:
             self._handles.pop(gpu.uuid, None)
         return replace(gpu, generation=before.generation + 1)
+
+
+def _instance_of(process: Any) -> int | None:
+    number = int(getattr(process, "gpuInstanceId", _NO_INSTANCE))
+    return None if number == _NO_INSTANCE else number
 
 
 def _geometry(gpu: Gpu) -> tuple[object, ...]:

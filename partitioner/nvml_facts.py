@@ -70,6 +70,15 @@ def read_memory(handle: Any) -> tuple[int, int, int]:
     return int(memory.total), 0, int(memory.used)
 
 
+def read_ancestor(handle: Any, other: Any) -> int | None:
+    """NVML's level of the nearest common ancestor of two GPUs; None where it cannot be told."""
+    try:
+        level = call_optional("nvmlDeviceGetTopologyCommonAncestor", handle, other)
+    except NvmlCallError:
+        return None  # in trouble just now, which the reading of its other facts reports
+    return None if level is None else int(level)
+
+
 def _numa_node(handle: Any) -> int | None:
     """Return the one host memory node nearest to the GPU, or None when there is no one node."""
     words: Iterable[int] | None = call_optional(

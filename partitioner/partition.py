@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from partitioner.cutting import Owned
 from partitioner.gpu import Gpu, GpuHealth
 
 
@@ -28,6 +29,8 @@ class Partition:
 
     `memory_bytes` is what its worker may use, driver reserve excluded. `sm_count` is 0 where the
     driver does not tell. `generation` is that of the geometry in which the partition was seen.
+    `link` is its GPU's: partitions with the same one share the way to the host's memory.
+    `device_uuid` is what CUDA knows it by where that is not the GPU: the MIG device.
     """
 
     id: str
@@ -37,6 +40,8 @@ class Partition:
     memory_bytes: int
     sm_count: int
     generation: int
+    link: str = ""
+    device_uuid: str = ""
 
 
 def whole_partitions(gpus: Iterable[Gpu]) -> tuple[Partition, ...]:
@@ -55,6 +60,39 @@ def whole_partitions(gpus: Iterable[Gpu]) -> tuple[Partition, ...]:
             memory_bytes=gpu.usable_bytes,
             sm_count=gpu.sm_count,
             generation=gpu.generation,
+            link=gpu.link,
         )
         for gpu in sorted(serving, key=lambda gpu: gpu.index)
+    )
+
+
+def partitions_of(
+    gpus: Iterable[Gpu], owned: Iterable[Owned], boot_id: str
+) -> tuple[Partition, ...]:
+    """The partitions that can serve: whole GPUs, and those instances that are marked as ours.
+
+    Left out are instances of others and such as are only half made. In order of GPU and slot.
+    """
+    marks = tuple(owned)
+    found = list(gpus)
+    instances = [
+        Partition(
+            id=f"gpu{gpu.index}/{each.place}",
+            kind=PartitionKind.MIG,
+            gpu_uuid=gpu.uuid,
+            gpu_index=gpu.index,
+            memory_bytes=each.memory_bytes,
+            sm_count=each.sm_count,
+            generation=gpu.generation,
+            link=gpu.link,
+            device_uuid=each.uuid,
+        )
+        for gpu in found
+        if gpu.health is GpuHealth.OK and gpu.mig_enabled
+        for each in gpu.instances or ()
+        if each.uuid and any(mark.marks(gpu.uuid, each, boot_id) for mark in marks)
+    ]
+    # Stable: the instances of a GPU stay in the order of their slots.
+    return tuple(
+        sorted([*whole_partitions(found), *instances], key=lambda partition: partition.gpu_index)
     )

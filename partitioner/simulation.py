@@ -4,11 +4,12 @@ It owns the reading and checking of that argument and the frozen description tha
 never builds or installs anything: `partitioner.simulated` does that from the description. The
 invariant: every GPU of a description names a board that exists and asks nothing the board lacks.
 
-A file looks like this (`boards` may add boards of one's own, in the catalogue's form):
+A file looks like this (`boards` may add boards of one's own, in the catalogue's form; GPUs with the
+same `pcie_root` share the way to the host's memory, those without one share it with nobody):
 
     version: 1
     gpus:
-      - {board: h200, count: 2, numa_node: 0}
+      - {board: h200, count: 2, numa_node: 0, pcie_root: 0}
       - {board: a100-80, mig_enabled: true, instances: [{profile: 3g.40gb, start: 4}]}
 """
 
@@ -36,10 +37,14 @@ _NAME_AND_COUNT = re.compile(r"(?P<name>.+?)(?:[xX](?P<count>[0-9]{1,6}))?")
 
 
 class ProcessSpec(StrictModel):
-    """A process that holds memory on the GPU: a foreign tenant, as the driver would list it."""
+    """A process that holds memory on the GPU: a foreign tenant, as the driver would list it.
+
+    `on` names the instance that it uses, such as `3g.71gb@4`; empty for the whole GPU.
+    """
 
     pid: Annotated[int, Field(gt=0, le=1 << 22)]
     memory_mib: Annotated[int, Field(ge=0)]
+    on: Annotated[str, Field(max_length=80)] = ""
 
 
 class InstanceSpec(StrictModel):
@@ -53,6 +58,7 @@ class _GpuEntry(StrictModel):
     board: str
     count: Annotated[int, Field(ge=1, le=MAX_SIMULATED_GPUS)] = 1
     numa_node: Annotated[int, Field(ge=0, lt=64)] | None = None
+    pcie_root: Annotated[int, Field(ge=0, lt=64)] | None = None
     mig_enabled: bool = False
     processes: Annotated[tuple[ProcessSpec, ...], Field(max_length=MAX_PROCESSES_PER_GPU)] = ()
     instances: Annotated[tuple[InstanceSpec, ...], Field(max_length=64)] = ()
@@ -73,6 +79,7 @@ class GpuSpec:
     board_key: str
     board: Board
     numa_node: int | None = None
+    pcie_root: int | None = None
     mig_enabled: bool = False
     processes: tuple[ProcessSpec, ...] = ()
     instances: tuple[Instance, ...] = ()
@@ -147,7 +154,20 @@ def _gpu_spec(
         problem = f"processes hold {held_mib} MiB; the board {key} has {room_mib} MiB for them"
         raise DocumentError(source, lines[(*path, "processes")], problem)
     instances = _instances(entry, path, geometry_of(board), lines, source)
-    return GpuSpec(key, board, entry.numa_node, entry.mig_enabled, entry.processes, instances)
+    places = {str(each) for each in instances}
+    for process in entry.processes:
+        if process.on and process.on not in places:
+            problem = f"processes: there is no instance {process.on!r} for pid {process.pid}"
+            raise DocumentError(source, lines[(*path, "processes")], problem)
+    return GpuSpec(
+        key,
+        board,
+        entry.numa_node,
+        entry.pcie_root,
+        entry.mig_enabled,
+        entry.processes,
+        instances,
+    )
 
 
 def _instances(

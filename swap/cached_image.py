@@ -1,39 +1,33 @@
 """An image on disk: written from its sealed segment, and read back into a new one.
 
 It owns the file's form, which is the segment's own, byte for byte, and the threads that move it.
-Reading is one pass: threads take pieces in order, make the segment's memory present there and read
-past the page cache straight into it, while others check each tensor behind them. It never decides
-which file is whose. Invariants: a file has its name only once it is complete and on disk; a segment
-is sealed only when every tensor has its checksum, and no byte of it comes from nowhere.
+Reading is one pass: threads take pieces in order, read each past the page cache, check it and put
+it in its place while it is in the processor's cache. Every load has as many bytes under way at most
+as any other, so that a disk serves several evenly. It never decides which file is whose.
+Invariants: a file has its name only once it is complete and on disk; a segment is sealed only when
+every tensor has its checksum, and no byte of it comes from nowhere.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from swap.build import Progress
-from swap.direct_file import DirectFile
+from swap.checksum import BLOCK_BYTES
+from swap.direct_file import ALIGNMENT_BYTES, DirectFile, ReadBuffer
 from swap.errors import BuildCancelled, CacheFailed, CorruptWeights, InsufficientHostMemory
-from swap.image import (
-    Manifest,
-    TensorEntry,
-    checksum_of,
-    read_manifest,
-    same_layout,
-    segment_bytes,
-    write_manifest,
-)
-from swap.segment import Mapping, Segment
+from swap.image import Manifest, image_tail, read_manifest, same_layout, segment_bytes
+from swap.image_blocks import Block, BlockCheck
+from swap.segment import Segment
+from swap.writing import write_all, write_manifest
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 4 << 20
 READ_THREADS = 4
-CHECK_THREADS = 2
+"""Of one load: it asks the disk for READ_THREADS x PIECE_BYTES at a time, as a build does."""
 PARTIAL_SUFFIX = ".partial"
 
 
@@ -44,29 +38,35 @@ def restore_image(
     *,
     digest: str = "",
     threads: int = READ_THREADS,
-    huge_pages: bool = True,
     progress: Progress = lambda done, total: None,
     cancelled: threading.Event | None = None,
 ) -> Manifest:
     """Fill and seal a segment of `segment_bytes(layout)` from the image in a file.
 
-    `layout` is what the image must be, checksums and digest apart; `digest` what it must be in all,
-    where that is known. Progress is told from the reading threads, one at a time. Raises
+    `layout` is what the image must be, but for checksums, digest and the sizes of pieces; `digest`
+    what it must be in all, where that is known. The segment of a packed image is cut to the file's
+    size. Progress is told from the reading threads, one at a time. Raises
     CorruptWeights when the file is cut, altered or another image; CacheFailed when it cannot be
     read; InsufficientHostMemory; BuildCancelled once `cancelled` is set. The segment is then
     unsealed, and its contents mean nothing.
     """
-    if segment.size_bytes != segment_bytes(layout) or segment.sealed:
+    if segment.size_bytes != segment.whole_pages(segment_bytes(layout)) or segment.sealed:
         raise ValueError(f"an image needs an unsealed segment of {segment_bytes(layout)} bytes")
     try:
         with DirectFile(path, os.O_RDONLY) as file:
             manifest = _expected(path, file.size_bytes, layout, digest)
-            with segment.map_for_filling(huge_pages=huge_pages) as mapping:
-                stop = cancelled or threading.Event()
-                _Restore(file, manifest, mapping, progress, stop).run(threads)
+            segment.truncate(file.size_bytes)
+            stop = cancelled or threading.Event()
+            _Restore(file, manifest, segment, progress, stop).run(threads)
         write_manifest(segment.descriptor, manifest)
     except EOFError as error:
         raise CorruptWeights(f"the cached image {path.name} was cut: {error}") from error
+    except CorruptWeights as error:
+        if path.name in str(error):
+            raise
+        # Found by what knows bytes and no files.
+        metadata = {**error.metadata, "file": path.name}
+        raise CorruptWeights(f"the cached image {path.name}: {error}", **metadata) from error
     except OSError as error:
         if error.errno in (errno.ENOMEM, errno.ENOSPC):
             raise InsufficientHostMemory(
@@ -111,7 +111,7 @@ def save_image(segment: Segment, path: Path, *, cancelled: threading.Event | Non
             needed_bytes=segment.size_bytes,
             directory=path.parent,
         ) from error
-    return segment.size_bytes
+    return path.stat().st_size
 
 
 def _write(segment: Segment, partial: Path, cancelled: threading.Event) -> None:
@@ -120,22 +120,28 @@ def _write(segment: Segment, partial: Path, cancelled: threading.Event) -> None:
         DirectFile(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file,
         segment.map() as mapping,
     ):
+        manifest = read_manifest(segment.descriptor)
+        size_bytes, stored_bytes = segment_bytes(manifest), manifest.stored_bytes
         # Taking the space first makes a full disk known before anything was written.
-        os.posix_fallocate(file.descriptor, 0, segment.size_bytes)
-        for start, end in _pieces(segment.size_bytes):
+        os.posix_fallocate(file.descriptor, 0, size_bytes)
+        # Huge pages make a segment larger than its image: its end is put together anew.
+        tail_start = stored_bytes - stored_bytes % ALIGNMENT_BYTES
+        for start in range(0, tail_start, PIECE_BYTES):
             if cancelled.is_set():
                 raise BuildCancelled(f"writing {partial.name} was given up at byte {start}")
-            file.write(mapping.view(start, end - start), start)
+            file.write(mapping.view(start, min(PIECE_BYTES, tail_start - start)), start)
+        tail = bytes(mapping.view(tail_start, stored_bytes - tail_start)) + image_tail(manifest)
+        buffer = ReadBuffer(len(tail)).view[: len(tail)]
+        buffer[:] = tail
+        file.write(buffer, tail_start)
         os.fsync(file.descriptor)
 
 
 def _expected(path: Path, size_bytes: int, layout: Manifest, digest: str) -> Manifest:
     """The manifest in the file, once it is what the caller's image will be."""
-    if size_bytes != segment_bytes(layout):
-        raise CorruptWeights(
-            f"the cached image {path.name} has {size_bytes} bytes, and its image "
-            f"{segment_bytes(layout)}"
-        )
+    size_bytes_max = segment_bytes(layout)
+    if size_bytes > size_bytes_max or (size_bytes < size_bytes_max and not layout.packed):
+        raise _of_another_size(path, size_bytes, size_bytes_max)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         manifest = read_manifest(descriptor)
@@ -144,133 +150,71 @@ def _expected(path: Path, size_bytes: int, layout: Manifest, digest: str) -> Man
         os.close(descriptor)
     if not same_layout(manifest, layout) or (digest and manifest.digest != digest):
         raise CorruptWeights(f"the cached image {path.name} is of another model or layout")
+    if size_bytes != segment_bytes(manifest):
+        raise _of_another_size(path, size_bytes, segment_bytes(manifest))
     return manifest
 
 
-def _pieces(size_bytes: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, size_bytes, PIECE_BYTES):
-        yield start, min(start + PIECE_BYTES, size_bytes)
+def _of_another_size(path: Path, size_bytes: int, image_bytes: int) -> CorruptWeights:
+    return CorruptWeights(
+        f"the cached image {path.name} has {size_bytes} bytes, and its image {image_bytes}"
+    )
 
 
 class _Restore:
-    """What the threads of one restore share: which pieces have landed, and what failed."""
+    """What the threads of one restore share: what is still to be read, and whether one failed."""
 
     def __init__(
         self,
         file: DirectFile,
         manifest: Manifest,
-        mapping: Mapping,
+        segment: Segment,
         progress: Progress,
         cancelled: threading.Event,
     ) -> None:
         self._file = file
-        self._manifest = manifest
-        self._mapping = mapping
+        self._descriptor = segment.descriptor
+        self._check = BlockCheck(manifest, file.path.name)
+        self._units = self._check.units(PIECE_BYTES)
         self._progress = progress
         self._cancelled = cancelled
-        self._changed = threading.Condition()
-        self._failed = False
+        self._failed = threading.Event()
+        self._lock = threading.Lock()
         self._bytes_done = 0
-        self._landed: set[int] = set()
-        """Starts of the pieces that have been read."""
-        self._reading = _pieces(manifest.weights_bytes)
-        self._checking = iter(_tensors_and_gaps(manifest))
+        self._bytes_total = manifest.stored_bytes
 
     def run(self, threads: int) -> None:
         """Read and check everything; raises what the first failing thread raised."""
-        with ThreadPoolExecutor(threads + CHECK_THREADS, thread_name_prefix="restore") as pool:
-            futures = [pool.submit(self._guard, self._read) for _ in range(threads)]
-            futures += [pool.submit(self._guard, self._check) for _ in range(CHECK_THREADS)]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        # Whoever merely noticed that another failed has nothing to say.
-        for error in errors:
-            if not isinstance(error, _Abandoned):
-                raise error
-        total = self._manifest.weights_bytes
-        self._progress(total, total)
+        with ThreadPoolExecutor(threads, thread_name_prefix="restore") as pool:
+            futures = [pool.submit(self._take_units) for _ in range(threads)]
+        for future in futures:
+            future.result()
+        self._progress(self._bytes_total, self._bytes_total)
 
-    def _guard(self, work: Callable[[], None]) -> None:
+    def _take_units(self) -> None:
+        buffer = ReadBuffer(max(PIECE_BYTES, BLOCK_BYTES))
         try:
-            work()
+            while not self._failed.is_set():
+                with self._lock:
+                    unit = next(self._units, None)
+                if unit is None:
+                    return
+                if self._cancelled.is_set():
+                    raise BuildCancelled(f"reading {self._file.path.name} was given up")
+                self._take(unit, buffer)
         except BaseException:
-            with self._changed:
-                self._failed = True
-                self._changed.notify_all()
+            self._failed.set()
             raise
 
-    def _read(self) -> None:
-        while True:
-            with self._changed:
-                piece = None if self._failed else next(self._reading, None)
-            if piece is None:
-                return
-            if self._cancelled.is_set():
-                raise BuildCancelled(f"reading {self._file.path.name} was given up")
-            start, end = piece
-            self._mapping.populate(start, end - start)
-            self._file.read(self._mapping.view(start, end - start), start)
-            with self._changed:
-                self._landed.add(start)
-                self._bytes_done += end - start
-                self._progress(self._bytes_done, self._manifest.weights_bytes)
-                self._changed.notify_all()
-
-    def _check(self) -> None:
-        while True:
-            with self._changed:
-                item = next(self._checking, None)
-            if item is None:
-                return
-            start, end, tensor = item
-            if tensor is None:
-                self._check_gap(start, end)
-            else:
-                self._check_tensor(tensor)
-
-    def _check_tensor(self, tensor: TensorEntry) -> None:
-        hasher = hashlib.sha256()
-        for view in self._views(tensor.offset_bytes, tensor.offset_bytes + tensor.size_bytes):
-            hasher.update(view)
-        if checksum_of(hasher) != tensor.checksum:
-            raise CorruptWeights(
-                f"tensor {tensor.name} in the cached image {self._file.path.name} is not what was "
-                "written",
-                tensor=tensor.name,
-                digest=self._manifest.digest,
-            )
-
-    def _check_gap(self, start: int, end: int) -> None:
-        if any(any(view) for view in self._views(start, end)):
-            raise CorruptWeights(
-                f"bytes {start} to {end} of the cached image {self._file.path.name}, which lie "
-                "between tensors, are not zero",
-                digest=self._manifest.digest,
-            )
-
-    def _views(self, start: int, end: int) -> Iterator[memoryview]:
-        """The bytes from `start` to `end`, piece by piece as they land."""
-        while start < end:
-            piece = start // PIECE_BYTES * PIECE_BYTES
-            with self._changed:
-                while not self._failed and piece not in self._landed:
-                    self._changed.wait()
-                if self._failed:
-                    raise _Abandoned
-            stop = min(end, piece + PIECE_BYTES)
-            yield self._mapping.view(start, stop - start)
-            start = stop
-
-
-class _Abandoned(Exception):
-    """Another thread of the same restore failed."""
-
-
-def _tensors_and_gaps(manifest: Manifest) -> Iterator[tuple[int, int, TensorEntry | None]]:
-    position = 0
-    for tensor in manifest.tensors:
-        if tensor.offset_bytes > position:
-            yield position, tensor.offset_bytes, None
-        position = tensor.offset_bytes + tensor.size_bytes
-        yield tensor.offset_bytes, position, tensor
-    if position < manifest.weights_bytes:
-        yield position, manifest.weights_bytes, None
+    def _take(self, unit: tuple[Block, ...], buffer: ReadBuffer) -> None:
+        start, end = unit[0].start, unit[-1].end
+        view = self._file.fetch(buffer, start, end)
+        for block in unit:
+            # Nobody else can change the buffer: what is written is what was checked.
+            data = view[block.start - start : block.end - start]
+            self._check.take(block, data)
+            if block.tensor >= 0:  # a new segment is zeros
+                write_all(self._descriptor, data, block.start)
+        with self._lock:
+            self._bytes_done += end - start
+            self._progress(self._bytes_done, self._bytes_total)

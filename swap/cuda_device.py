@@ -1,24 +1,29 @@
 """A partition's memory on a CUDA GPU: addresses that stay, and one pool of physical handles.
 
-It owns the partition's handles, one a page, the reserved ranges, two streams for copies and the
-events that tell of their ends. A handle is created once, in the background or when it is first
-mapped, and kept until `close`: creating and releasing is by far the slowest thing the driver does
-here. How much there is follows from `memory_bytes`, never from what happens to be free. It never
-computes, and it never changes what a caller's thread computes on: the default stream. Invariants:
-no page is unmapped under a copy or a kernel; every call runs with the GPU's primary context
-current, which torch uses too; what a failed call had done is undone.
+It owns the partition's handles, one a page, and the reserved ranges. A handle is created once, in
+the background or when it is first mapped, and kept until `close`: creating and releasing is by far
+the slowest thing the driver does here. How much there is follows from `memory_bytes`, never from
+what happens to be free. It never computes, and it never changes what a caller's thread computes on:
+the default stream. Invariants: no page passes on under a copy or a kernel; every call runs with
+the GPU's primary context current, which torch uses too; what a failed call had done is undone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
-from swap.cuda_driver import DEFAULT_STREAM, OUT_OF_MEMORY, CudaDriver, Driver, DriverError
+from swap.cuda_copies import CudaCopies
+from swap.cuda_driver import (
+    DEFAULT_STREAM,
+    NOT_SUPPORTED,
+    OUT_OF_MEMORY,
+    CudaDriver,
+    Driver,
+    DriverError,
+)
+from swap.cuda_mappings import CudaMappings
 from swap.device import REGISTER_BYTES_MAX, DeviceStatistics
 from swap.errors import DeviceError, DeviceMisuse, InsufficientDeviceMemory
 from swap.page_table import PageTable, rows_span
@@ -29,21 +34,15 @@ COPIES_AHEAD = 2
 within some 2 ms keeps the link busy, and a swap that is given up soon ends."""
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """A copy that was issued: its event, and the addresses it touches, as (start, end)."""
-
-    event: int
-    device: tuple[int, int]
-    host: tuple[int, int]
-    thread: int
-
-
 class CudaDevice:
     """`memory_bytes` of the GPU's memory in pages (see `swap.device.DeviceMemory`).
 
     `page_bytes` is rounded up to what the driver can map. Raises DeviceError where there is no
     driver or no such GPU. The first visible GPU is used: choose with CUDA_VISIBLE_DEVICES.
+
+    With `keep_mappings` a page that comes back to where it was is mapped by no call, and unmapping
+    makes none; an access to addresses whose page has gone is then refused to copies, but a kernel
+    would not fault. Without it such a kernel does.
     """
 
     kind: Literal["host", "cuda"] = "cuda"
@@ -56,6 +55,7 @@ class CudaDevice:
         page_bytes: int = PAGE_BYTES,
         driver: Driver | None = None,
         ordinal: int = 0,
+        keep_mappings: bool = True,
     ) -> None:
         if page_bytes <= 0:
             raise DeviceMisuse(f"a page of {page_bytes} bytes holds nothing")
@@ -69,7 +69,7 @@ class CudaDevice:
             self.page_bytes = -(-page_bytes // granularity) * granularity
             if memory_bytes < self.page_bytes:
                 raise DeviceMisuse(f"{memory_bytes} bytes hold no page of {self.page_bytes} bytes")
-            self._streams = (self._driver.stream_create(), self._driver.stream_create())
+            self._copies = CudaCopies(self._driver, self._gpu)
         except BaseException:
             self._driver.primary_context_release(self._gpu)
             raise
@@ -77,14 +77,13 @@ class CudaDevice:
         self._table = PageTable(self.page_bytes, self.pages_total)
         self._handles: list[int | None] = [None] * self.pages_total
         self._present = 0
-        self._registered: dict[int, int] = {}
-        self._copies: dict[int, _Copy] = {}
-        self._events: list[int] = []
-        self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._map_calls = 0
-        self._copied_bytes = 0
+        self._mappings = CudaMappings(self._driver, self._gpu, self.page_bytes, kept=keep_mappings)
         self._closed = False
+
+    @property
+    def keeps_mappings(self) -> bool:
+        return self._mappings.kept
 
     # Addresses.
 
@@ -102,6 +101,7 @@ class CudaDevice:
         with self._lock:
             size_bytes = self._table.check_release(address)
             self._enter()
+            self._mappings.clear(address, size_bytes)
             self._driver.mem_address_free(address, size_bytes)
             self._table.release(address)
 
@@ -118,40 +118,24 @@ class CudaDevice:
         return fresh
 
     def map(self, address: int, pages: Sequence[int]) -> None:
-        """Map each page's handle, and make the whole range accessible with one call."""
+        """Map those handles that are not there from earlier, and make them accessible."""
         with self._lock:
             self._enter()
             self._table.check_map(address, pages)
-            for page in pages:
-                self._create(page)
-            mapped = 0
-            try:
-                for page in pages:
-                    place = address + mapped * self.page_bytes
-                    handle = self._handles[page]
-                    assert handle is not None
-                    self._driver.mem_map(place, self.page_bytes, handle)
-                    mapped += 1
-                self._driver.mem_set_access(address, mapped * self.page_bytes, self._gpu)
-            except BaseException:
-                if mapped:
-                    self._driver.mem_unmap(address, mapped * self.page_bytes)
-                raise
+            self._mappings.map(address, [self._handle_of(page) for page in pages])
             self._table.map(address, pages)
-            self._map_calls += 1
 
     def unmap(self, address: int, count: int) -> tuple[int, ...]:
-        """Unmap a range with one call, once the default stream has computed what it was given."""
+        """Let pages go, once the default stream has computed what it was given."""
         with self._lock:
             self._enter()
             pages = self._table.check_unmap(address, count)
             end = address + count * self.page_bytes
-            if any(start < end and address < stop for start, stop in self._running("device")):
+            if self._copies.running_in("device", address, end):
                 raise DeviceMisuse(f"a copy in the {count} pages from {address:#x} on is running")
             self._driver.stream_synchronize(DEFAULT_STREAM)
-            self._driver.mem_unmap(address, count * self.page_bytes)
+            self._mappings.unmap(address, count)
             self._table.unmap(pages)
-            self._map_calls += 1
         return pages
 
     # Copies.
@@ -168,100 +152,72 @@ class CudaDevice:
             # Pinning takes long, so other threads must not have to wait for it here.
             self._driver.host_register(address, size_bytes, read_only=not writable)
         except DriverError as error:
-            raise DeviceError(
-                f"{size_bytes} bytes of host memory were not pinned ({error}): where the limit "
-                "of locked memory is below what images take, raise it (LimitMEMLOCK=infinity in "
-                "the unit, or `ulimit -l`); else the host is short of memory, or its driver "
-                "cannot register memory that is mapped for reading only",
-                code=error.code,
-                size_bytes=size_bytes,
-            ) from error
+            raise _refused(error, size_bytes) from error
         with self._lock:
-            self._registered[address] = size_bytes
+            self._copies.registered[address] = size_bytes
 
     def unregister(self, address: int) -> None:
         """Unpin host memory. Refused while a copy from or to it runs."""
         with self._lock:
             self._enter()
-            size_bytes = self._registered.get(address)
+            size_bytes = self._copies.registered.get(address)
             if size_bytes is None:
                 raise DeviceMisuse(f"{address:#x} is not registered")
-            end = address + size_bytes
-            if any(start < end and address < stop for start, stop in self._running("host")):
+            if self._copies.running_in("host", address, address + size_bytes):
                 raise DeviceMisuse(f"a copy of the host memory at {address:#x} is running")
             self._driver.host_unregister(address)
-            del self._registered[address]
+            del self._copies.registered[address]
 
     def copy_in(self, destination: int, source: int, size_bytes: int) -> int:
         """Issue a copy to the device behind those before it; returns its number."""
         with self._lock:
             self._enter()
             self._table.check_copy(destination, size_bytes)
-            copy, stream = self._driver.memcpy_to_device, self._streams[0]
-            with self._issuing(stream):
-                for offset, count in self._pieces(source, size_bytes):
-                    copy(destination + offset, source + offset, count, stream)
-                return self._issued(stream, destination, source, size_bytes)
+            return self._copies.issue("in", destination, source, size_bytes)
 
     def copy_out(self, destination: int, source: int, size_bytes: int) -> int:
         """Issue a copy to the host, on a stream of its own since the link has two directions."""
         with self._lock:
             self._enter()
             self._table.check_copy(source, size_bytes)
-            self._driver.stream_synchronize(DEFAULT_STREAM)
-            copy, stream = self._driver.memcpy_to_host, self._streams[1]
-            with self._issuing(stream):
-                for offset, count in self._pieces(destination, size_bytes):
-                    copy(destination + offset, source + offset, count, stream)
-                return self._issued(stream, source, destination, size_bytes)
+            return self._copies.issue("out", source, destination, size_bytes)
 
     def copy_in_rows(
         self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
-    ) -> None:
-        """Spread rows, one call each, and wait for them."""
-        self._check_rows(destination, row_bytes, rows, pitch_bytes)
-        copies = [
-            self.copy_in(destination + row * pitch_bytes, source + row * row_bytes, row_bytes)
-            for row in range(rows)
-        ]
-        for copy in copies:
-            self.wait(copy)
+    ) -> int:
+        """Issue one copy for all rows; returns its number."""
+        with self._lock:
+            self._enter()
+            self._table.check_copy(destination, rows_span(row_bytes, rows, pitch_bytes))
+            shape = (row_bytes, rows, pitch_bytes)
+            return self._copies.issue_rows("in", destination, source, *shape)
 
     def copy_out_rows(
         self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
-    ) -> None:
-        """Gather rows, one call each, and wait for them."""
-        self._check_rows(source, row_bytes, rows, pitch_bytes)
-        copies = [
-            self.copy_out(destination + row * row_bytes, source + row * pitch_bytes, row_bytes)
-            for row in range(rows)
-        ]
-        for copy in copies:
-            self.wait(copy)
-
-    def _check_rows(self, address: int, row_bytes: int, rows: int, pitch_bytes: int) -> None:
-        """Refuse rows that overlap or reach unmapped memory, before the first is copied."""
+    ) -> int:
+        """Issue one copy for all rows, behind what is being computed; returns its number."""
         with self._lock:
             self._enter()
-            self._table.check_copy(address, rows_span(row_bytes, rows, pitch_bytes))
+            self._table.check_copy(source, rows_span(row_bytes, rows, pitch_bytes))
+            shape = (row_bytes, rows, pitch_bytes)
+            return self._copies.issue_rows("out", source, destination, *shape)
 
     def wait(self, copy: int) -> None:
         """Wait for one copy; no lock is held, so others are issued and waited for meanwhile."""
         with self._lock:
             self._enter()
-            known = self._copies.get(copy)
-        if known is not None:
+            event = self._copies.event_of(copy)
+        if event is not None:
             # Should another thread find it ended first, its event may serve a later copy already:
             # then this waits somewhat longer, and for no less.
-            self._driver.event_synchronize(known.event)
+            self._driver.event_synchronize(event)
             with self._lock:
-                self._ended(copy)
+                self._copies.ended(copy)
 
     def synchronize(self) -> None:
         """Wait for the copies of this thread."""
-        thread = threading.get_ident()
         with self._lock:
-            numbers = [number for number, one in self._copies.items() if one.thread == thread]
+            numbers = self._copies.of_thread(threading.get_ident())
         for number in numbers:
             self.wait(number)
 
@@ -274,8 +230,8 @@ class CudaDevice:
                 pages_present=self._present,
                 pages_mapped=len(self._table.place),
                 reservations=len(self._table.reserved),
-                map_calls=self._map_calls,
-                copied_bytes=self._copied_bytes,
+                map_calls=self._mappings.runs_changed,
+                copied_bytes=self._copies.copied_bytes,
             )
 
     def close(self) -> None:
@@ -284,26 +240,20 @@ class CudaDevice:
             if self._closed:
                 return
             self._enter()
-            if self._running("device"):
+            if self._copies.running:
                 raise DeviceMisuse("a copy is running: join its transfer before closing the device")
             self._closed = True
             driver = self._driver
             driver.stream_synchronize(DEFAULT_STREAM)
-            for address, count in self._table.mapped_runs():
-                driver.mem_unmap(address, count * self.page_bytes)
             for address, size_bytes in self._table.reserved.items():
+                self._mappings.clear(address, size_bytes)
                 driver.mem_address_free(address, size_bytes)
             self._table.clear()
             for handle in self._handles:
                 if handle is not None:
                     driver.mem_release(handle)
-            for address in self._registered:
-                driver.host_unregister(address)
-            for event in self._events:
-                driver.event_destroy(event)
-            for stream in self._streams:
-                driver.stream_destroy(stream)
-            self._handles, self._registered, self._events = [], {}, []
+            self._handles = []
+            self._copies.close()
             driver.primary_context_release(self._gpu)
 
     # Inside, with the lock held.
@@ -333,48 +283,30 @@ class CudaDevice:
         self._present += 1
         return 1
 
-    def _pieces(self, host: int, size_bytes: int) -> list[tuple[int, int]]:
-        """(offset, bytes) of a copy's parts, none of which crosses the edge of a registration.
+    def _handle_of(self, page: int) -> int:
+        self._create(page)
+        handle = self._handles[page]
+        assert handle is not None
+        return handle
 
-        The driver refuses a copy whose host side lies in two registrations.
-        """
-        edges = {0, size_bytes}
-        for start, length in self._registered.items():
-            edges.update(
-                edge - host for edge in (start, start + length) if 0 < edge - host < size_bytes
-            )
-        cuts = sorted(edges)
-        return [(start, stop - start) for start, stop in itertools.pairwise(cuts)]
 
-    @contextlib.contextmanager
-    def _issuing(self, stream: int) -> Iterator[None]:
-        """See to it that of a copy whose issue failed half way nothing runs on, unknown to us."""
-        try:
-            yield
-        except BaseException:
-            self._driver.stream_synchronize(stream)
-            raise
-
-    def _issued(self, stream: int, device: int, host: int, size_bytes: int) -> int:
-        if not self._events:
-            self._events.append(self._driver.event_create())
-        self._driver.event_record(self._events[-1], stream)
-        event = self._events.pop()
-        number = next(self._numbers)
-        ranges = (device, device + size_bytes), (host, host + size_bytes)
-        self._copies[number] = _Copy(event, *ranges, threading.get_ident())
-        self._copied_bytes += size_bytes
-        return number
-
-    def _running(self, side: Literal["device", "host"]) -> list[tuple[int, int]]:
-        """One side's addresses of the copies that have not ended yet."""
-        for number in [
-            number for number, one in self._copies.items() if self._driver.event_done(one.event)
-        ]:
-            self._ended(number)
-        return [one.device if side == "device" else one.host for one in self._copies.values()]
-
-    def _ended(self, number: int) -> None:
-        copy = self._copies.pop(number, None)
-        if copy is not None:
-            self._events.append(copy.event)
+def _refused(error: DriverError, size_bytes: int) -> DeviceError:
+    """Why host memory was not pinned, by the driver's code, and what to change."""
+    if error.code == NOT_SUPPORTED:
+        why = (
+            "this GPU or driver does not register memory that is mapped for reading only: use a "
+            "newer driver"
+        )
+    elif error.code == OUT_OF_MEMORY:
+        why = (
+            "where the limit of locked memory (RLIMIT_MEMLOCK) is below what images take, raise "
+            "it: LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited`; else the host is "
+            "short of memory"
+        )
+    else:
+        why = "see the driver's log (dmesg) for the reason"
+    return DeviceError(
+        f"{size_bytes} bytes of host memory were not pinned ({error}): {why}",
+        code=error.code,
+        size_bytes=size_bytes,
+    )

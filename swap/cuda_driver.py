@@ -9,6 +9,7 @@ on the classes of one release of the bindings. Each call lets other threads run 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from swap.errors import DeviceError
@@ -23,6 +24,7 @@ NOT_INITIALIZED = "CUDA_ERROR_NOT_INITIALIZED"
 INVALID_DEVICE = "CUDA_ERROR_INVALID_DEVICE"
 INVALID_HANDLE = "CUDA_ERROR_INVALID_HANDLE"
 NOT_READY = "CUDA_ERROR_NOT_READY"
+NOT_SUPPORTED = "CUDA_ERROR_NOT_SUPPORTED"
 ALREADY_REGISTERED = "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"
 NOT_REGISTERED = "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED"
 
@@ -34,6 +36,17 @@ class DriverError(DeviceError):
         super().__init__(f"{call} failed with {code}", call=call, code=code)
         self.call = call
         self.code = code
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Equal rows that are `pitch_bytes` apart on the device and side by side on the host."""
+
+    device: int
+    pitch_bytes: int
+    host: int
+    row_bytes: int
+    rows: int
 
 
 class Driver(Protocol):
@@ -56,6 +69,9 @@ class Driver(Protocol):
     def granularity(self, device: int) -> int:
         """Bytes that sizes of physical handles, and what is mapped, must be multiples of."""
 
+    def pitch_bytes_max(self, device: int) -> int:
+        """How far apart the rows of one copy may lie."""
+
     def mem_address_reserve(self, size_bytes: int, alignment_bytes: int) -> int: ...
 
     def mem_address_free(self, address: int, size_bytes: int) -> None: ...
@@ -71,7 +87,8 @@ class Driver(Protocol):
         """Let `device` read and write mapped addresses."""
 
     def mem_unmap(self, address: int, size_bytes: int) -> None:
-        """Unmap one or more whole handles that lie side by side."""
+        """Unmap one whole handle, or several that lie side by side: its documentation says no more
+        than that a range must be the one that was mapped, which a driver may take to mean one."""
 
     def host_register(self, address: int, size_bytes: int, *, read_only: bool) -> None: ...
 
@@ -82,10 +99,16 @@ class Driver(Protocol):
 
     def memcpy_to_host(self, destination: int, source: int, size: int, stream: int) -> None: ...
 
+    def memcpy_rows(self, shape: Rows, stream: int, *, to_host: bool) -> None:
+        """Issue a copy of rows, in one direction or the other."""
+
     def stream_create(self) -> int:
         """A stream that does not wait for the default stream, nor that for it."""
 
     def stream_synchronize(self, stream: int) -> None: ...
+
+    def stream_wait_event(self, stream: int, event: int) -> None:
+        """Have what is issued from now on wait for what the event was last recorded behind."""
 
     def stream_destroy(self, stream: int) -> None: ...
 
@@ -96,7 +119,8 @@ class Driver(Protocol):
     def event_done(self, event: int) -> bool:
         """Whether what was issued before the event was last recorded is complete."""
 
-    def event_synchronize(self, event: int) -> None: ...
+    def event_synchronize(self, event: int) -> None:
+        """Wait for an event; the thread sleeps meanwhile."""
 
     def event_destroy(self, event: int) -> None: ...
 
@@ -142,6 +166,10 @@ class CudaDriver:
         properties = self._properties(device)
         return int(self._call("cuMemGetAllocationGranularity", properties, minimum))
 
+    def pitch_bytes_max(self, device: int) -> int:
+        attribute = self._cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_PITCH
+        return int(self._call("cuDeviceGetAttribute", attribute, device))
+
     def mem_address_reserve(self, size_bytes: int, alignment_bytes: int) -> int:
         return int(self._call("cuMemAddressReserve", size_bytes, alignment_bytes, 0, 0))
 
@@ -180,6 +208,21 @@ class CudaDriver:
     def memcpy_to_host(self, destination: int, source: int, size: int, stream: int) -> None:
         self._call("cuMemcpyDtoHAsync", destination, source, size, stream)
 
+    def memcpy_rows(self, shape: Rows, stream: int, *, to_host: bool) -> None:
+        copy, kinds = self._cu.CUDA_MEMCPY2D(), self._cu.CUmemorytype
+        copy.WidthInBytes, copy.Height = shape.row_bytes, shape.rows
+        if to_host:
+            copy.srcMemoryType = kinds.CU_MEMORYTYPE_DEVICE
+            copy.srcDevice, copy.srcPitch = shape.device, shape.pitch_bytes
+            copy.dstMemoryType = kinds.CU_MEMORYTYPE_HOST
+            copy.dstHost, copy.dstPitch = shape.host, shape.row_bytes
+        else:
+            copy.srcMemoryType = kinds.CU_MEMORYTYPE_HOST
+            copy.srcHost, copy.srcPitch = shape.host, shape.row_bytes
+            copy.dstMemoryType = kinds.CU_MEMORYTYPE_DEVICE
+            copy.dstDevice, copy.dstPitch = shape.device, shape.pitch_bytes
+        self._call("cuMemcpy2DAsync", copy, stream)
+
     def stream_create(self) -> int:
         flags = self._cu.CUstream_flags.CU_STREAM_NON_BLOCKING
         return int(self._call("cuStreamCreate", int(flags)))
@@ -187,12 +230,17 @@ class CudaDriver:
     def stream_synchronize(self, stream: int) -> None:
         self._call("cuStreamSynchronize", stream)
 
+    def stream_wait_event(self, stream: int, event: int) -> None:
+        self._call("cuStreamWaitEvent", stream, event, 0)
+
     def stream_destroy(self, stream: int) -> None:
         self._call("cuStreamDestroy", stream)
 
     def event_create(self) -> int:
-        flags = self._cu.CUevent_flags.CU_EVENT_DISABLE_TIMING
-        return int(self._call("cuEventCreate", int(flags)))
+        kinds = self._cu.CUevent_flags
+        # Who waits for a copy sleeps, and leaves the core to what computes meanwhile.
+        flags = int(kinds.CU_EVENT_DISABLE_TIMING) | int(kinds.CU_EVENT_BLOCKING_SYNC)
+        return int(self._call("cuEventCreate", flags))
 
     def event_record(self, event: int, stream: int) -> None:
         self._call("cuEventRecord", event, stream)

@@ -30,7 +30,7 @@ class DeviceStatistics:
     pages_mapped: int
     reservations: int
     map_calls: int
-    """Calls to the system or driver that mapped or unmapped a run of pages."""
+    """Runs of pages that the system or driver mapped or unmapped."""
     copied_bytes: int
     """In both directions."""
 
@@ -69,6 +69,10 @@ class DeviceMemory(Protocol):
     def copies_ahead(self) -> int:
         """Copies worth issuing while an earlier one runs; 0 where issuing a copy is making it."""
 
+    @property
+    def keeps_mappings(self) -> bool:
+        """Whether mapping a page where it was last is free, for the device kept the mapping."""
+
     def reserve(self, size_bytes: int) -> int:
         """Set a range of addresses aside (rounded up to pages) and return where it starts."""
 
@@ -91,8 +95,9 @@ class DeviceMemory(Protocol):
     def unmap(self, address: int, count: int) -> tuple[int, ...]:
         """Unmap `count` pages from `address` on and return their numbers, in address order.
 
-        Waits for what is being computed on the device; copies must have ended. An access to the
-        addresses afterwards fails loudly.
+        Waits for what is being computed on the device; copies must have ended. A copy to or from
+        the addresses is refused afterwards, and any other access fails loudly too unless the device
+        `keeps_mappings`.
         """
 
     def register(self, address: int, size_bytes: int, *, writable: bool = False) -> None:
@@ -122,15 +127,18 @@ class DeviceMemory(Protocol):
 
     def copy_in_rows(
         self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
-    ) -> None:
-        """Spread contiguous host memory over rows of mapped device memory, `pitch_bytes` apart."""
+    ) -> int:
+        """Spread contiguous host memory over rows of mapped device memory, `pitch_bytes` apart.
+
+        See `copy_in`; one call of the device's, however many rows.
+        """
 
     def copy_out_rows(
         self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
-    ) -> None:
+    ) -> int:
         """Gather rows of mapped device memory, `pitch_bytes` apart, into contiguous host memory.
 
-        Copies out run beside copies in: a link has both directions.
+        See `copy_out`. Copies out run beside copies in: a link has both directions.
         """
 
     def synchronize(self) -> None:

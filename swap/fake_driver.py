@@ -22,14 +22,17 @@ from swap.cuda_driver import (
     INVALID_VALUE,
     NOT_INITIALIZED,
     NOT_REGISTERED,
+    NOT_SUPPORTED,
     OUT_OF_MEMORY,
     DriverError,
+    Rows,
 )
 from swap.device import Clock, SystemClock
 from swap.fake_memory import GRANULARITY_BYTES, FakeMemory, overlap
 from swap.fake_streams import FakeStreams, Work
 
 ILLEGAL_ADDRESS = "CUDA_ERROR_ILLEGAL_ADDRESS"
+PITCH_BYTES_MAX = (1 << 31) - 1
 _GPU, _CONTEXT = 0, 0x5EED
 
 
@@ -47,6 +50,8 @@ class Refusals:
     """From this call of cuMemCreate on, counted from 1, the GPU has no memory left."""
     register: bool = False
     """The system does not let host memory be locked."""
+    read_only: bool = False
+    """The GPU does not register memory that is mapped for reading only."""
     codes: dict[str, str] = field(default_factory=dict)
     """Code with which the next call of that name fails, once."""
 
@@ -60,6 +65,8 @@ class FakeDriver:
         *,
         link_bytes_per_s: float | None = None,
         clock: Clock | None = None,
+        unmaps_ranges: bool = True,
+        pitch_bytes_max: int = PITCH_BYTES_MAX,
     ) -> None:
         self.refuse = Refusals()
         self.calls: collections.Counter[str] = collections.Counter()
@@ -67,6 +74,8 @@ class FakeDriver:
         self._link_bytes_per_s = link_bytes_per_s
         self._clock: Clock = clock if clock is not None else SystemClock()
         self._memory = FakeMemory(memory_bytes)
+        self._memory.unmaps_ranges = unmaps_ranges
+        self._pitch_bytes_max = pitch_bytes_max
         self._initialised = False
         self._contexts = 0
         self._current = threading.local()
@@ -133,6 +142,10 @@ class FakeDriver:
         self._check_device("cuMemGetAllocationGranularity", device)
         return GRANULARITY_BYTES
 
+    def pitch_bytes_max(self, device: int) -> int:
+        self._check_device("cuDeviceGetAttribute", device)
+        return self._pitch_bytes_max
+
     def mem_address_reserve(self, size_bytes: int, alignment_bytes: int) -> int:
         with self._lock:
             self._enter("cuMemAddressReserve")
@@ -187,6 +200,8 @@ class FakeDriver:
             taken = self._registrations(address, size_bytes)
             if taken:
                 raise DriverError("cuMemHostRegister", ALREADY_REGISTERED)
+            if read_only and self.refuse.read_only:
+                raise DriverError("cuMemHostRegister", NOT_SUPPORTED)
             if self.refuse.register:
                 raise DriverError("cuMemHostRegister", OUT_OF_MEMORY)
             self._registered[address] = (size_bytes, read_only)
@@ -202,10 +217,17 @@ class FakeDriver:
             del self._registered[address]
 
     def memcpy_to_device(self, destination: int, source: int, size: int, stream: int) -> None:
-        self._issue("cuMemcpyHtoDAsync", destination, source, size, stream, to_host=False)
+        shape = Rows(destination, size, source, size, 1)
+        self._issue("cuMemcpyHtoDAsync", shape, stream, to_host=False)
 
     def memcpy_to_host(self, destination: int, source: int, size: int, stream: int) -> None:
-        self._issue("cuMemcpyDtoHAsync", source, destination, size, stream, to_host=True)
+        shape = Rows(source, size, destination, size, 1)
+        self._issue("cuMemcpyDtoHAsync", shape, stream, to_host=True)
+
+    def memcpy_rows(self, shape: Rows, stream: int, *, to_host: bool) -> None:
+        if not shape.row_bytes <= shape.pitch_bytes <= self._pitch_bytes_max:
+            raise DriverError("cuMemcpy2DAsync", INVALID_VALUE)
+        self._issue("cuMemcpy2DAsync", shape, stream, to_host=to_host)
 
     # Streams and events.
 
@@ -219,6 +241,11 @@ class FakeDriver:
             self._enter("cuStreamSynchronize")
             wait = self._streams.wait_for_stream(stream)
         wait()
+
+    def stream_wait_event(self, stream: int, event: int) -> None:
+        with self._lock:
+            self._enter("cuStreamWaitEvent")
+            self._streams.wait_behind(stream, event)
 
     def stream_destroy(self, stream: int) -> None:
         with self._lock:
@@ -253,23 +280,26 @@ class FakeDriver:
 
     # Inside, with the lock held.
 
-    def _issue(
-        self, call: str, device: int, host: int, size: int, stream: int, *, to_host: bool
-    ) -> None:
+    def _issue(self, call: str, shape: Rows, stream: int, *, to_host: bool) -> None:
         with self._lock:
             self._enter(call)
-            copy = _Copy((device, device + size), (host, host + size))
-            if size <= 0 or not self._memory.accessible(device, size):
+            pitch, host, size = shape.pitch_bytes, shape.host, shape.row_bytes * shape.rows
+            span = (shape.rows - 1) * pitch + shape.row_bytes
+            copy = _Copy((shape.device, shape.device + span), (host, host + size))
+            if size <= 0 or not self._memory.accessible(shape.device, span):
                 raise DriverError(call, INVALID_VALUE)
             for start in self._registrations(host, size):
                 length, read_only = self._registered[start]
                 inside = start <= host and host + size <= start + length
                 if not inside or (to_host and read_only):
                     raise DriverError(call, INVALID_VALUE)
-            ends = (host, device) if to_host else (device, host)
 
             def work() -> None:
-                ctypes.memmove(*ends, size)
+                for row in range(shape.rows):
+                    into, out_of = shape.device + row * pitch, host + row * shape.row_bytes
+                    if to_host:
+                        into, out_of = out_of, into
+                    ctypes.memmove(into, out_of, shape.row_bytes)
                 if self._link_bytes_per_s is not None:
                     self._clock.sleep(size / self._link_bytes_per_s)
                 with self._lock:

@@ -38,6 +38,8 @@ class FakeMemory:
     """`memory_bytes` of it. Methods are the driver's calls by their names without `cuMem`."""
 
     def __init__(self, memory_bytes: int) -> None:
+        self.unmaps_ranges = True
+        """Whether one call unmaps several handles; the driver's documentation leaves that open."""
         self._memory_bytes = memory_bytes
         self._memory = VirtualMemory()
         self._file = os.memfd_create("fake GPU", os.MFD_CLOEXEC)
@@ -114,6 +116,8 @@ class FakeMemory:
 
     def unmap(self, address: int, size_bytes: int) -> None:
         places = self._whole_mappings("cuMemUnmap", address, size_bytes)
+        if len(places) > 1 and not self.unmaps_ranges:
+            raise DriverError("cuMemUnmap", INVALID_VALUE)
         self._memory.make_inaccessible(address, size_bytes)
         for place in places:
             handle = self._mappings.pop(place).handle

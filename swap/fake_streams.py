@@ -94,6 +94,14 @@ class FakeStreams:
         position = stream.issued
         return lambda: stream.wait(position)
 
+    def wait_behind(self, number: int, event: int) -> None:
+        """Have a stream's later work wait for what the event stands for now."""
+        recorded = self._event(event, "cuStreamWaitEvent")
+        stream = self._stream(number, "cuStreamWaitEvent")
+        if recorded is not None:
+            behind, position = recorded
+            stream.issue(lambda: behind.wait(position))
+
     def idle(self, number: int) -> bool:
         stream = self._stream(number, "cuStreamQuery")
         return stream.done >= stream.issued

@@ -32,6 +32,7 @@ class HostDevice:
 
     kind: Literal["host", "cuda"] = "host"
     copies_ahead = 0
+    keeps_mappings = False
 
     def __init__(
         self,
@@ -153,19 +154,21 @@ class HostDevice:
 
     def copy_in_rows(
         self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
-    ) -> None:
+    ) -> int:
         """Spread rows now, in this thread; other threads run meanwhile."""
         span = rows_span(row_bytes, rows, pitch_bytes)
         with self._copying(destination, span, row_bytes * rows, _IN):
             self._memory.copy_rows(destination, pitch_bytes, source, row_bytes, row_bytes, rows)
+        return 0
 
     def copy_out_rows(
         self, destination: int, source: int, row_bytes: int, rows: int, pitch_bytes: int
-    ) -> None:
+    ) -> int:
         """Gather rows now, in this thread; other threads run meanwhile."""
         span = rows_span(row_bytes, rows, pitch_bytes)
         with self._copying(source, span, row_bytes * rows, _OUT):
             self._memory.copy_rows(destination, row_bytes, source, pitch_bytes, row_bytes, rows)
+        return 0
 
     @contextmanager
     def _copying(

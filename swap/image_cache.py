@@ -21,7 +21,8 @@ from swap.errors import CacheFailed
 IMAGE_SUFFIX = ".image"
 KEY_SUFFIX = ".key"
 FREE_BYTES_MIN = 1 << 30
-"""What the cache leaves free on its disk, since the journal may be there too."""
+FREE_SHARE_MIN = 0.1
+"""What the cache leaves free of its disk, the larger of the two: others write there too."""
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 
@@ -111,11 +112,12 @@ class ImageCache:
         disk = os.statvfs(self.directory)
         free_bytes = disk.f_bavail * disk.f_frsize
         kept_bytes = sum(image.size_bytes for image in self.images())
-        lacking = size_bytes + FREE_BYTES_MIN - free_bytes
+        left_bytes = max(FREE_BYTES_MIN, int(disk.f_blocks * disk.f_frsize * FREE_SHARE_MIN))
+        lacking = size_bytes + left_bytes - free_bytes
         if lacking > kept_bytes:
             raise CacheFailed(
                 f"an image of {size_bytes} bytes does not fit on the disk of {self.directory}: "
-                f"{free_bytes} bytes are free, {FREE_BYTES_MIN} are left free for others, and "
+                f"{free_bytes} bytes are free, {left_bytes} are left free for others, and "
                 f"the cache could give up {kept_bytes}: free {lacking - kept_bytes} bytes",
                 needed_bytes=size_bytes,
                 free_bytes=free_bytes,

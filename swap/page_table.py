@@ -9,7 +9,7 @@ a page's boundary of one reserved range.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from swap.errors import DeviceMisuse
 
@@ -98,19 +98,6 @@ class PageTable:
         for place in range(first, address + size_bytes, self.page_bytes):
             if place not in self._page_at:
                 raise DeviceMisuse(f"a copy at {address:#x} reaches unmapped {place:#x}")
-
-    def mapped_runs(self) -> Iterator[tuple[int, int]]:
-        """(address, pages) of each stretch of mapped addresses, none across two ranges."""
-        begin = count = 0
-        for place in sorted(self._page_at):
-            if count and place == begin + count * self.page_bytes and place not in self.reserved:
-                count += 1
-                continue
-            if count:
-                yield begin, count
-            begin, count = place, 1
-        if count:
-            yield begin, count
 
     def clear(self) -> None:
         """Forget everything: it was all given back."""

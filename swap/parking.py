@@ -7,15 +7,21 @@ too small to be of use. Invariant: free bytes plus taken bytes are the budget, a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
+from swap.device import REGISTER_BYTES_MAX, DeviceMemory
+from swap.errors import DeviceError
 from swap.virtual_memory import HUGE_PAGE_BYTES, VirtualMemory
+
+log = logging.getLogger(__name__)
 
 
 class ParkingArea:
     """`limit_bytes` of host memory, by pieces. Of one thread; pieces may be written by others.
 
-    Memory is present from its first use on, and stays with the process. 0 bytes park nothing.
+    Memory is present from its first use on, or once it is pinned, and stays with the process. 0
+    bytes park nothing.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -35,7 +41,7 @@ class ParkingArea:
         """
         if sum((end - start) // piece_bytes for start, end in self._free) < count:
             return None
-        self._open()
+        self.open()
         pieces: list[int] = []
         runs: list[tuple[int, int]] = []
         for start, end in self._free:
@@ -62,6 +68,30 @@ class ParkingArea:
             else:
                 self._free.append((start, end))
 
+    def open(self) -> None:
+        """Set the addresses aside; done by the first `take` otherwise. Idempotent.
+
+        Raises DeviceError when the system refuses.
+        """
+        if not self._start and self.limit_bytes:
+            self._start = self._memory.reserve(self._size_bytes, HUGE_PAGE_BYTES)
+            self._memory.make_writable(self._start, self._size_bytes)
+
+    def pin(self, device: DeviceMemory) -> int:
+        """Have a device copy fast from and to all of it; returns the bytes for which that is so.
+
+        Once, after `open`, from any thread. Slow: ahead of need. What the system does not let be
+        pinned is used all the same, and copied more slowly.
+        """
+        for offset in range(0, self._size_bytes, REGISTER_BYTES_MAX):
+            size_bytes = min(REGISTER_BYTES_MAX, self._size_bytes - offset)
+            try:
+                device.register(self._start + offset, size_bytes, writable=True)
+            except DeviceError as error:
+                log.warning("KV of paused requests is copied through pageable memory: %s", error)
+                return offset
+        return self._size_bytes
+
     def close(self) -> None:
         """Give the memory back to the system. Nothing may be parked."""
         if self.used_bytes:
@@ -73,8 +103,3 @@ class ParkingArea:
     @property
     def _size_bytes(self) -> int:
         return -(-self.limit_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-
-    def _open(self) -> None:
-        if not self._start and self.limit_bytes:
-            self._start = self._memory.reserve(self._size_bytes, HUGE_PAGE_BYTES)
-            self._memory.make_writable(self._start, self._size_bytes)

@@ -14,12 +14,17 @@ from swap.errors import InsufficientDeviceMemory
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition as it is now. The link's rate is the measured one, or its throttle."""
+    """A partition as it is now. The link's rate is the measured one, or its throttle.
+
+    `pages_kept` hold KV of paused requests, which has to be parked before they can be used: they
+    are counted with only when nothing else is left.
+    """
 
     page_bytes: int
     pages_total: int
     pages_free: int
     link_bytes_per_s: float
+    pages_kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,26 @@ class ResidentModel:
 
 @dataclass(frozen=True)
 class IncomingModel:
-    """A model to be put on the partition; `kv_bytes_min` is what one longest request takes."""
+    """A model to be put on the partition; `kv_bytes_min` is what one longest request takes.
+
+    `copy_bytes` is what crosses the link, where that is not all of the weights' bytes.
+    `staged_bytes` of its memory for weights it has already, in whole pages or all of it.
+    """
 
     model: str
     weights_bytes: int
     kv_bytes_min: int
+    copy_bytes: int | None = None
+    staged_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """What a swap will do. Evicted weights are not copied anywhere: their image stays."""
+    """What a swap will do. Evicted weights are not copied anywhere: their image stays.
+
+    `evicted` models give pages, those without which it can be done from the last one on: of whom
+    `evicted_bytes` tell how much of their weights goes.
+    """
 
     incoming: str
     evicted: tuple[str, ...]
@@ -61,13 +76,16 @@ def plan_swap(
     outgoing: tuple[str, ...],
     incoming: IncomingModel | None,
     may_evict: tuple[str, ...] = (),
+    keep_outgoing: bool = False,
     overhead_ms: float = 0.0,
 ) -> SwapPlan:
     """Plan to take `outgoing` off the partition and put `incoming` on it.
 
-    Models of `may_evict` go too, in that order, for as long as there is not enough room.
-    `overhead_ms` is what a swap takes besides copying, as measured before. Raises
-    InsufficientDeviceMemory, and ValueError for models that are not there or are there already.
+    Models of `may_evict` go too, in that order, for as long as there is not enough room. With
+    `keep_outgoing` the outgoing models give their KV, and their weights only if there is not enough
+    room after all those have gone. `overhead_ms` is what a swap takes besides copying, as measured
+    before. Raises InsufficientDeviceMemory, and ValueError for models that are not there or are
+    there already.
     """
     by_name = {resident.model: resident for resident in residents}
     missing = [model for model in (*outgoing, *may_evict) if model not in by_name]
@@ -77,28 +95,48 @@ def plan_swap(
         raise ValueError(f"{incoming.model} is on the partition already")
     needed = 0
     if incoming is not None:
-        needed = _pages(incoming.weights_bytes, partition) + _pages(
-            incoming.kv_bytes_min, partition
-        )
-    evicted = list(dict.fromkeys(outgoing))
-    free = partition.pages_free + sum(by_name[model].pages for model in evicted)
-    for model in may_evict:
+        needed = _pages(incoming.kv_bytes_min, partition)
+        needed += _pages(incoming.weights_bytes, partition)
+        needed -= _pages(incoming.staged_bytes, partition)
+    leaving = tuple(dict.fromkeys(outgoing))
+    held = {model: by_name[model].pages for model in (*leaving, *may_evict)}
+    free = partition.pages_free
+    evicted: list[str] = []
+    evicted_bytes = 0
+    if keep_outgoing:
+        for model in leaving:
+            kept = min(_pages(by_name[model].weights_bytes, partition), held[model])
+            free += held[model] - kept
+            held[model] = kept
+        candidates = [*(model for model in may_evict if model not in leaving), *leaving]
+    else:
+        evicted += leaving
+        evicted_bytes = sum(by_name[model].weights_bytes for model in leaving)
+        free += sum(held[model] for model in leaving)
+        candidates = [model for model in may_evict if model not in leaving]
+    for model in candidates:
         if free >= needed:
             break
-        if model not in evicted:
-            evicted.append(model)
-            free += by_name[model].pages
+        evicted.append(model)
+        given = min(held[model], needed - free)
+        kept_bytes = (held[model] - given) * partition.page_bytes
+        evicted_bytes += max(0, by_name[model].weights_bytes - kept_bytes)
+        free += given
+    freed = free - partition.pages_free
+    free += partition.pages_kept
     if incoming is not None and free < needed:
         staying = tuple(resident for resident in residents if resident.model not in evicted)
         raise _insufficient(partition, incoming, needed, free, staying)
-    copy_bytes = incoming.weights_bytes if incoming is not None else 0
+    copy_bytes = 0
+    if incoming is not None:
+        copy_bytes = incoming.weights_bytes if incoming.copy_bytes is None else incoming.copy_bytes
     return SwapPlan(
         incoming=incoming.model if incoming is not None else "",
         evicted=tuple(evicted),
-        evicted_bytes=sum(by_name[model].weights_bytes for model in evicted),
+        evicted_bytes=evicted_bytes,
         copy_bytes=copy_bytes,
         pages_needed=needed,
-        pages_freed=free - partition.pages_free,
+        pages_freed=freed,
         pages_free_after=free - needed,
         predicted_ms=copy_bytes / partition.link_bytes_per_s * 1000 + overhead_ms,
     )

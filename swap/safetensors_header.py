@@ -16,7 +16,9 @@ from typing import Any
 from swap.errors import CheckpointInvalid
 
 LENGTH_BYTES = 8
-HEADER_BYTES_MAX = 100_000_000
+# Published ones have at most a few megabytes; of nothing but brackets, this much takes hundreds of
+# megabytes to read as JSON.
+HEADER_BYTES_MAX = 16 << 20
 DIMENSIONS_MAX = 16
 ELEMENTS_MAX = 1 << 48
 

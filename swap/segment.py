@@ -7,12 +7,14 @@ can neither be written to nor change its size, whoever holds it, so a reader nee
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import stat
 from types import TracebackType
 
 from swap.errors import CorruptWeights, DeviceError
+from swap.huge_pages import SMALL_PAGE_BYTES, round_up
 from swap.virtual_memory import VirtualMemory, view_of
 
 NAME_BYTES_MAX = 200
@@ -33,19 +35,31 @@ class Segment:
         self.size_bytes = os.fstat(descriptor).st_size
 
     @classmethod
-    def create(cls, size_bytes: int, name: str) -> Segment:
-        """A new segment of zeros, shown as `hotbay-image:<name>` in /proc. Raises DeviceError."""
+    def create(cls, size_bytes: int, name: str, page_bytes: int = SMALL_PAGE_BYTES) -> Segment:
+        """A new segment of zeros, shown as `hotbay-image:<name>` in /proc. Raises DeviceError.
+
+        With pages of 2 MiB or 1 GiB its size is rounded up to whole ones, which are taken from the
+        host's pool at once; other segments get their memory as it is touched.
+        """
+        huge = page_bytes > SMALL_PAGE_BYTES
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if huge:
+            flags |= os.MFD_HUGETLB | (page_bytes.bit_length() - 1) << os.MFD_HUGE_SHIFT
         label = f"hotbay-image:{name}".encode()[:NAME_BYTES_MAX].decode(errors="ignore")
         try:
-            descriptor = os.memfd_create(label, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            descriptor = os.memfd_create(label, flags)
         except OSError as error:
             raise DeviceError(f"a segment cannot be created: {error}") from error
         try:
-            os.ftruncate(descriptor, size_bytes)
-        except OSError as error:
+            os.ftruncate(descriptor, round_up(size_bytes, page_bytes) if huge else size_bytes)
+            segment = cls(descriptor)
+            if huge:
+                # Mapping promises the pages to the file, so that no later access can lack one.
+                segment.map_for_filling(huge_pages=False).close()
+        except (OSError, DeviceError) as error:
             os.close(descriptor)
             raise DeviceError(f"a segment of {size_bytes} bytes cannot be made: {error}") from error
-        return cls(descriptor)
+        return segment
 
     @classmethod
     def adopt(cls, descriptor: int) -> Segment:
@@ -80,13 +94,42 @@ class Segment:
         if not self.sealed:
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, SEALS)
 
+    @property
+    def page_bytes(self) -> int:
+        """Of the pages that it is made of; transparent huge pages show as small ones."""
+        return os.fstat(self.descriptor).st_blksize
+
+    def whole_pages(self, size_bytes: int) -> int:
+        """The size that a segment of these pages has, to hold `size_bytes`."""
+        page_bytes = self.page_bytes
+        return round_up(size_bytes, page_bytes) if page_bytes > SMALL_PAGE_BYTES else size_bytes
+
+    def truncate(self, size_bytes: int) -> None:
+        """Cut an unsealed segment to its first bytes, or add zeros to it; pages beyond are freed.
+
+        Of huge pages it keeps whole ones, and what is in them behind is zeros. Raises OSError.
+        """
+        whole_bytes = self.whole_pages(size_bytes)
+        os.ftruncate(self.descriptor, whole_bytes)
+        if whole_bytes > size_bytes:
+            page_bytes = self.page_bytes
+            with self.map_for_filling(
+                huge_pages=False, offset_bytes=whole_bytes - page_bytes, size_bytes=page_bytes
+            ) as last:
+                behind = whole_bytes - size_bytes
+                ctypes.memset(last.address + page_bytes - behind, 0, behind)
+        self.size_bytes = whole_bytes
+
     def map(self) -> Mapping:
         """Map the whole segment for reading; the mapping needs the descriptor no longer."""
         return Mapping(self.descriptor, self.size_bytes)
 
-    def map_for_filling(self, *, huge_pages: bool) -> Mapping:
-        """Map the whole segment for writing too; to be closed before the segment is sealed."""
-        mapping = Mapping(self.descriptor, self.size_bytes, write=True)
+    def map_for_filling(
+        self, *, huge_pages: bool, offset_bytes: int = 0, size_bytes: int | None = None
+    ) -> Mapping:
+        """Map the segment, or a part, for writing too; to be closed before it is sealed."""
+        count = self.size_bytes - offset_bytes if size_bytes is None else size_bytes
+        mapping = Mapping(self.descriptor, count, write=True, file_offset_bytes=offset_bytes)
         if huge_pages:
             mapping.prefer_huge_pages()
         return mapping
@@ -127,11 +170,20 @@ class Mapping:
     Have a device `register` it before copying from it, so that the copy does not fault.
     """
 
-    def __init__(self, descriptor: int, size_bytes: int, *, write: bool = False) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        size_bytes: int,
+        *,
+        write: bool = False,
+        file_offset_bytes: int = 0,
+    ) -> None:
         self._memory = VirtualMemory()
         self._write = write
         self.size_bytes = size_bytes
-        self.address = self._memory.map_file(descriptor, size_bytes, write=write)
+        self.address = self._memory.map_file(
+            descriptor, size_bytes, write=write, offset=file_offset_bytes
+        )
         self._closed = False
 
     @property

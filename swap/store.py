@@ -32,6 +32,8 @@ class StoredImage:
     digest: str
     size_bytes: int
     weights_bytes: int
+    page_bytes: int
+    """Of the memory it is in; transparent huge pages show as small ones."""
     holders: tuple[str, ...]
     pinned: bool
 
@@ -90,6 +92,7 @@ class HostStore:
                 digest,
                 stored.segment.size_bytes,
                 stored.manifest.weights_bytes,
+                stored.segment.page_bytes,
                 tuple(sorted(stored.holders)),
                 stored.pinned,
             )

@@ -12,15 +12,23 @@ from __future__ import annotations
 
 import bisect
 import collections
-import statistics
 import threading
 import time
+from collections.abc import Callable
 
 from swap.arena import PagePool, Region
 from swap.device import DeviceMemory
-from swap.errors import DeviceMisuse, SwapError, TransferCancelled, TransferFailed
+from swap.errors import (
+    CorruptWeights,
+    DeviceMisuse,
+    SwapError,
+    TransferCancelled,
+    TransferFailed,
+)
 from swap.image import Manifest
+from swap.pieces import device_bytes
 from swap.segment import Mapping, Segment
+from swap.shared_link import Link, OwnLink, Turn
 
 # Within some 5 % a copy's rate is the same from 16 MiB to 1 GiB a call. After each call the thread
 # needs the interpreter's lock, for which a busy thread lets it wait up to the switch interval (5 ms
@@ -28,6 +36,8 @@ from swap.segment import Mapping, Segment
 # what a cancelled transfer finishes first, with those that the device lets wait behind it.
 COPY_BYTES_MAX = 64 << 20
 LINK_COPIES = 5
+
+Reached = Callable[[str, threading.Event], None]
 
 
 class LayerGate:
@@ -80,9 +90,18 @@ class LayerGate:
 class Transfer:
     """One image on its way to a region whose mapped pages hold its weights.
 
-    With `growing` pages may be mapped later: it waits for them, and is told of each by `backed`.
+    The image's stored bytes arrive `arrival_offset_bytes` into the region. With `growing` pages may
+    be mapped later, first to last: it waits for them, and is told of each by `backed`.
+    It copies when it has its `turn` at the link; `under_way` is called once it has had the first.
+    One that is to give way to others copies few bytes a call (`copy_bytes_max`), and can be paused.
+    Of an image that is not packed it may be from `start_bytes` to `end_bytes`: what is before is
+    there already, its layers too.
+    `reached(place, cancelled)` is called by each thread before its work, "copying" or "unpacking";
+    what it raises ends the transfer. `cancelled` is set when nobody wants that any more.
     Raises DeviceMisuse when the region is too small, or the source smaller than the image.
     """
+
+    copy_bytes_max = COPY_BYTES_MAX
 
     def __init__(
         self,
@@ -92,24 +111,46 @@ class Transfer:
         region: Region,
         *,
         growing: bool = False,
+        arrival_offset_bytes: int = 0,
+        copy_bytes_max: int | None = None,
+        start_bytes: int = 0,
+        end_bytes: int | None = None,
+        turn: Turn | None = None,
+        under_way: Callable[[], None] = lambda: None,
+        reached: Reached = lambda place, cancelled: None,
     ) -> None:
-        needed = manifest.weights_bytes
+        needed, stored = device_bytes(manifest), manifest.stored_bytes
+        if end_bytes is not None:
+            needed = end_bytes
         room = region.pages_max * device.page_bytes if growing else region.mapped_bytes
-        if room < needed or source.size_bytes < needed:
+        if room < needed or source.size_bytes < stored:
             raise DeviceMisuse(
-                f"image {manifest.digest[:12]} has {needed} bytes of weights; its region has "
+                f"image {manifest.digest[:12]} of {stored} bytes needs {needed}; its region has "
                 f"{region.mapped_bytes} bytes mapped and its source {source.size_bytes}"
             )
         self.gate = LayerGate(tuple(span.layer for span in manifest.layers))
-        self.bytes_total = needed
+        self.bytes_total = (stored if end_bytes is None else end_bytes) - start_bytes
         self.seconds = 0.0
-        """How long copying took, once it has ended."""
+        """How long copying took, waiting for turns apart, once it has ended."""
+        self.turn: Turn = turn if turn is not None else OwnLink().turn()
+        self._under_way = under_way
+        self._reached = reached
+        self._copies_ahead = device.copies_ahead if self.turn.whole else 0
         self._device = device
         self._manifest = manifest
         self._source = source.address
-        self._destination = region.address
+        self._arrival_offset = arrival_offset_bytes
+        self._destination = region.address + arrival_offset_bytes
+        self._ends = [span.offset_bytes + span.bytes for span in manifest.layers]
+        self._start = start_bytes
+        self._end_bytes = start_bytes + self.bytes_total
         self._bytes_done = 0
-        self._backed_bytes = region.mapped_bytes
+        self.gate.land(bisect.bisect_right(self._ends, start_bytes))
+        self._backed_bytes = region.mapped_bytes - arrival_offset_bytes
+        """Of the image's bytes, those that have a place to arrive at."""
+        if copy_bytes_max is not None:
+            self.copy_bytes_max = copy_bytes_max
+        self._paused = False
         self._changed = threading.Condition()
         self._cancelled = threading.Event()
         self._error: SwapError | None = None
@@ -121,6 +162,11 @@ class Transfer:
         return self._bytes_done
 
     @property
+    def landed_bytes(self) -> int:
+        """Where in the image the bytes end that are there."""
+        return self._start + self._bytes_done
+
+    @property
     def complete(self) -> bool:
         """Whether every layer has landed."""
         return self.gate.landed_layers == len(self._manifest.layers)
@@ -128,7 +174,7 @@ class Transfer:
     def backed(self, size_bytes: int) -> None:
         """The region's first `size_bytes` are mapped by now."""
         with self._changed:
-            self._backed_bytes = size_bytes
+            self._backed_bytes = size_bytes - self._arrival_offset
             self._changed.notify()
 
     def start(self) -> None:
@@ -139,6 +185,12 @@ class Transfer:
         """Stop after the copy call under way; no effect on a transfer that has ended."""
         with self._changed:
             self._cancelled.set()
+            self._changed.notify()
+
+    def pause(self, paused: bool) -> None:
+        """Begin no further copy call until this is called again with False."""
+        with self._changed:
+            self._paused = paused
             self._changed.notify()
 
     def join(self) -> None:
@@ -153,17 +205,8 @@ class Transfer:
     def _run(self) -> None:
         started = time.monotonic()
         try:
-            ends = [span.offset_bytes + span.bytes for span in self._manifest.layers]
-            issued: collections.deque[tuple[int, int]] = collections.deque()
-            start = 0
-            while issued or start < self.bytes_total:
-                room = self._room(start, wait=not issued)
-                if room and len(issued) <= self._device.copies_ahead:
-                    issued.append(self._issue(start, min(COPY_BYTES_MAX, room)))
-                    start = issued[-1][1]
-                else:
-                    self._land(ends, *issued.popleft())
-        except TransferCancelled as error:
+            self._copy_image()
+        except (TransferCancelled, CorruptWeights) as error:
             self._end(error)
         except BaseException as error:  # whatever it is, the waiting step loop must hear of it
             failure = TransferFailed(
@@ -174,7 +217,30 @@ class Transfer:
             failure.__cause__ = error
             self._end(failure)
         finally:
-            self.seconds = time.monotonic() - started
+            self.turn.end()
+            self.seconds = time.monotonic() - started - self.turn.waited_s
+
+    def _copy_image(self) -> None:
+        """Issue copies ahead of the one that is waited for, as far as the device lets them."""
+        self._reached("copying", self._cancelled)
+        issued: collections.deque[tuple[int, int]] = collections.deque()
+        start = self._start
+        while issued or start < self._end_bytes:
+            room = self._room(start, wait=not issued)
+            if room and len(issued) <= self._copies_ahead:
+                issued.append(self._issue(start, min(self.copy_bytes_max, room)))
+                start = issued[-1][1]
+            else:
+                copy, end = issued.popleft()
+                self._device.wait(copy)
+                self._bytes_done = end - self._start
+                self._arrived(end)
+                if not issued:
+                    self.turn.pause()
+
+    def _arrived(self, end: int) -> None:
+        """The image's bytes up to `end` are there: let complete layers be used."""
+        self.gate.land(bisect.bisect_right(self._ends, end) - self.gate.landed_layers)
 
     def _room(self, start: int, *, wait: bool) -> int:
         """Bytes that can be copied from `start` on.
@@ -182,30 +248,36 @@ class Transfer:
         With `wait` none only when everything was begun; a cancelled transfer waits for nothing.
         """
         with self._changed:
-            if wait and start < self.bytes_total:
+            if wait and start < self._end_bytes:
                 self._changed.wait_for(
-                    lambda: self._backed_bytes > start or self._cancelled.is_set()
+                    lambda: (
+                        (self._backed_bytes > start and not self._paused)
+                        or self._cancelled.is_set()
+                    )
                 )
-            backed = self.bytes_total if self._cancelled.is_set() else self._backed_bytes
-            return max(min(backed, self.bytes_total) - start, 0)
+            if self._paused and not self._cancelled.is_set():
+                return 0
+            backed = self._end_bytes if self._cancelled.is_set() else self._backed_bytes
+            return max(min(backed, self._end_bytes) - start, 0)
 
     def _issue(self, start: int, count: int) -> tuple[int, int]:
         """Begin to copy a stretch; returns the copy's number and where the stretch ends."""
+        waiting = self.turn.waiting
+        self.turn.take(self._cancelled)
+        if waiting:
+            self._under_way()
         if self._cancelled.is_set():
-            raise TransferCancelled(
-                f"the transfer of image {self._manifest.digest[:12]} was cancelled after "
-                f"{self._bytes_done} of {self.bytes_total} bytes",
-                bytes_done=self._bytes_done,
-                bytes_total=self.bytes_total,
-            )
+            raise self._cancellation()
         copy = self._device.copy_in(self._destination + start, self._source + start, count)
         return copy, start + count
 
-    def _land(self, ends: list[int], copy: int, end: int) -> None:
-        """Wait for a stretch, and let its complete layers be used."""
-        self._device.wait(copy)
-        self._bytes_done = end
-        self.gate.land(bisect.bisect_right(ends, end) - self.gate.landed_layers)
+    def _cancellation(self) -> TransferCancelled:
+        return TransferCancelled(
+            f"the transfer of image {self._manifest.digest[:12]} was cancelled after "
+            f"{self._bytes_done} of {self.bytes_total} bytes",
+            bytes_done=self._bytes_done,
+            bytes_total=self.bytes_total,
+        )
 
     def _end(self, error: SwapError) -> None:
         try:
@@ -217,36 +289,54 @@ class Transfer:
         self.gate.fail(error)
 
 
-def measure_link(pool: PagePool, copy_bytes: int) -> float:
-    """The device's copy rate in bytes per second: the median of LINK_COPIES whole copies.
+def measure_link(
+    pool: PagePool, copy_bytes: int, link: Link | None = None, *, outward: bool = False
+) -> float:
+    """The rate of copies to the device, or `outward` from it, in bytes per second: the best of
+    LINK_COPIES whole ones.
 
-    Uses free pages of the pool (fewer bytes when fewer are free) and a segment like those images
-    live in, both made present first; small copies measure the caches rather than the link. Raises
-    InsufficientDeviceMemory when not one page is free.
+    The best, since it is a limit that is asked for: what else the host does makes copies slower and
+    never faster, so that a median would be of the neighbours' load as well. Uses free pages of the
+    pool (fewer bytes when fewer are free) and a segment like those images live in, both made
+    present first; small copies measure the caches rather than the link. Each is a piece in the
+    background where the link is shared. Raises InsufficientDeviceMemory when not one page is free.
     """
     device = pool.device
+    turn = (link if link is not None else OwnLink()).turn(background=True)
     pages = max(1, min(pool.pages_for(copy_bytes), pool.free_pages))
     size = min(copy_bytes, pages * pool.page_bytes)
     region = Region(pool, "link measurement", pages * pool.page_bytes)
     try:
         region.grow(pages)
         device.prefault(region.pages)
-        with Segment.create(size, "link measurement") as segment, segment.map() as source:
-            device.register(source.address, size)
+        with (
+            Segment.create(size, "link measurement") as segment,
+            segment.map_for_filling(huge_pages=False) if outward else segment.map() as host,
+        ):
+            device.register(host.address, size, writable=outward)
             try:
-                rates = [_rate(device, region.address, source.address, size)]
-                rates = [
-                    _rate(device, region.address, source.address, size) for _ in range(LINK_COPIES)
-                ]
+                seconds = [
+                    _copy_s(device, region.address, host.address, size, turn, outward)
+                    for _ in range(1 + LINK_COPIES)
+                ][1:]
             finally:
-                device.unregister(source.address)
+                device.unregister(host.address)
     finally:
         region.release()
-    return statistics.median(rates)
+    return size / min(seconds)
 
 
-def _rate(device: DeviceMemory, destination: int, source: int, size: int) -> float:
-    started = time.monotonic()
-    device.copy_in(destination, source, size)
-    device.synchronize()
-    return size / (time.monotonic() - started)
+def _copy_s(
+    device: DeviceMemory, address: int, host: int, size: int, turn: Turn, outward: bool
+) -> float:
+    turn.take(threading.Event())
+    try:
+        started = time.monotonic()
+        if outward:
+            device.copy_out_rows(host, address, size, 1, size)  # as KV is parked
+        else:
+            device.copy_in(address, host, size)
+        device.synchronize()
+        return time.monotonic() - started
+    finally:
+        turn.end()

@@ -103,10 +103,12 @@ class VirtualMemory:
                 if ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN):
                     raise self._error(f"make {count} bytes of memory present")
 
-    def map_file(self, descriptor: int, size_bytes: int, *, write: bool = False) -> int:
-        """Map a file's first bytes, for reading or both; shared with everybody who maps it."""
+    def map_file(
+        self, descriptor: int, size_bytes: int, *, write: bool = False, offset: int = 0
+    ) -> int:
+        """Map part of a file, for reading or both; shared with everybody who maps it."""
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
-        address = self._mmap(0, size_bytes, protection, mmap.MAP_SHARED, descriptor, 0)
+        address = self._mmap(0, size_bytes, protection, mmap.MAP_SHARED, descriptor, offset)
         if address in (None, _MAP_FAILED):
             raise self._error(f"map a segment of {size_bytes} bytes")
         return int(address)

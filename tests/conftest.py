@@ -4,6 +4,22 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 # Before torch is loaded: threads that wait for each other soon sleep instead of spinning on. Where
 # the machine has other work, spinning makes every small product as slow as a scheduler's quantum.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+SEQUENCES = 14
+"""Random sequences that a property is tried with, unless `--sequences` says otherwise."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let somebody with time try more."""
+    parser.addoption("--sequences", type=int, default=SEQUENCES, help="how many to try")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Number the sequences of a test that has a parameter `sequence`."""
+    if "sequence" in metafunc.fixturenames:
+        metafunc.parametrize("sequence", range(metafunc.config.getoption("--sequences")))

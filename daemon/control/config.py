@@ -11,6 +11,7 @@ import difflib
 import ipaddress
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +20,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from daemon.control.errors import ConfigInvalid
-from engine.link.control import InFlight
+from daemon.control.processor import computes_bfloat16
+from engine.link.build import PACKED_DTYPE
+from engine.link.control import WEIGHT_MAX, WEIGHT_MIN, InFlight
 
 PORT_MAX = 65535
+HUB_ENDPOINT = "https://huggingface.co"
+TRUE_WORDS = ("1", "ON", "YES", "TRUE")
 
 
 def _address(value: str) -> str:
@@ -34,6 +39,12 @@ def _address(value: str) -> str:
         except ValueError:
             raise ValueError(f"{host!r} is neither an IP address nor localhost") from None
     return value
+
+
+def _hub(value: str) -> str:
+    if value and not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", value):
+        raise ValueError(f"{value!r} is not http(s)://HOST[:PORT][/PATH]")
+    return value.rstrip("/")
 
 
 def _page(value: int) -> int:
@@ -68,33 +79,82 @@ class Node(Section):
 class HostStore(Section):
     """The budget of images in host memory. 0 is half of the host's memory.
 
-    `huge_pages` "auto" asks for transparent huge pages, which the host gives where its
-    shmem_enabled is `advise` or `always`; "off" does not ask.
+    New memory is slow the first time it is touched. So up to `spare_bytes` of what the budget
+    leaves free are made present beforehand, in the background and never during a load, for the
+    largest models that are not in memory, `limits.builds_max` of them; 0 keeps none.
+
+    `huge_pages` "auto" takes pages of 1 GiB or 2 MiB from the host's pools (vm.nr_hugepages) where
+    they have enough, else asks for transparent huge pages, which the host gives where its
+    shmem_enabled is `advise` or `always`; "transparent" leaves the pools to others; "off" asks for
+    neither.
+
+    With `packed`, images of worker.dtype bfloat16 are kept packed: some 0.7 of the bytes in the
+    store, on the link and in the image cache, unpacked on the device. While one is built it counts
+    as unpacked. It pays where unpacking is faster than the link, which is for a GPU to show; a host
+    device unpacks less than 1 GB/s.
     """
 
     budget_bytes: Bytes = 0
-    huge_pages: Literal["auto", "off"] = "auto"
+    spare_bytes: Bytes = 32 << 30
+    huge_pages: Literal["auto", "transparent", "off"] = "auto"
+    packed: bool = False
 
 
 class ImageCache(Section):
     """Images on disk, as they are in host memory: what was built once is read back, not built.
 
-    `directory` is STATE_DIR/images unless given. `budget_bytes` 0, as long as nothing else is said,
-    keeps none: it is worth its disk where building costs more than reading (docs/decisions/0004).
+    `directory` is STATE_DIR/images unless given; up to `budget_bytes` are kept there, 0 keeps none,
+    and a tenth of the disk stays free. `keep` "packed" keeps packed images, which take long to
+    build; "all" the others too, which are built from their checkpoints nearly as fast as they are
+    read back (docs/decisions/0004).
     """
 
     directory: str = ""
-    budget_bytes: Bytes = 0
+    budget_bytes: Bytes = 64 << 30
+    keep: Literal["packed", "all"] = "packed"
+
+
+class Models(Section):
+    """What `gpuctl pull` fetches, from where and to where.
+
+    `directory` is STATE_DIR/models unless given. `hub_endpoint` is HF_ENDPOINT of the environment,
+    else https://huggingface.co; a mirror is named here. `token_file` is used where a call names
+    none; without one, what huggingface_hub finds (HF_TOKEN) is. `offline`, or HF_HUB_OFFLINE,
+    forbids asking a hub. At most `pulls_max` pulls run at once, with `pull_threads` files each; a
+    hub that fails is asked again until no byte has come for `patience_s`. `free_bytes_min` of the
+    disk stay free.
+    """
+
+    directory: str = ""
+    hub_endpoint: Annotated[str, AfterValidator(_hub)] = ""
+    token_file: str = ""
+    offline: bool = False
+    pulls_max: Annotated[int, Field(ge=1, le=16)] = 2
+    pull_threads: Annotated[int, Field(ge=1, le=32)] = 4
+    pull_timeout_s: Seconds = 86400.0
+    patience_s: Seconds = 300.0
+    free_bytes_min: Bytes = 1 << 30
 
 
 class Worker(Section):
     """What every worker is started with.
 
-    `threads` 0 shares the host's cores among the workers. `memory_bytes` is what a simulated
+    `threads` 0 shares the host's cores among the workers. `dtype` "auto" is bfloat16 where that is
+    faster, on a GPU and on a processor that has instructions for it, else float32; the loaded
+    configuration has the one that was found. `memory_bytes` is what a simulated
     partition has; a real one has what its GPU says, of which `workspace_bytes` are left to CUDA and
     to what steps compute in. `page_bytes` 0 is what suits the device: 2 MiB on the host, 64 MiB on
     a GPU. `link_bytes_per_s`, for simulated partitions, 0 does not throttle copies.
-    `parking_bytes` is host memory for the KV of paused requests, taken as it is needed.
+    `prefix_cache` keeps the KV of prompts, in memory that nobody else wants, for requests that
+    begin with the same tokens. `parking_bytes` is host memory for the KV of paused requests, taken
+    as it is needed.
+    `link_wait_s` is how long a swap waits while one of another partition copies over the same PCIe
+    root; it then copies beside it, and its ledger says so. `must_be_pinned` refuses images that the
+    host does not let be pinned; otherwise they are copied slowly, and the ledger says so. `strict`
+    makes results the same bit for bit whatever else is in a batch, which takes longer, and wants
+    `step_tokens` of at most 1024. On a GPU
+    `keep_mappings` leaves memory mapped where models had it, so that a swap maps nothing; turn it
+    off to have a kernel fault that uses memory which its model has given up.
     """
 
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -102,27 +162,40 @@ class Worker(Section):
     workspace_bytes: Annotated[int, Field(ge=1 << 30, le=1 << 46)] = 3 << 30
     memory_bytes: Annotated[int, Field(ge=16 << 20, le=1 << 46)] = 1 << 30
     step_tokens: Annotated[int, Field(ge=16, le=1 << 20)] = 512
+    strict: bool = False
     running_requests_max: Count = 64
     waiting_requests_max: Count = 1024
     context_tokens_max: Annotated[int, Field(ge=16, le=1 << 24)] = 8192
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     link_bytes_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    prefix_cache: bool = True
     parking_bytes: Bytes = 1 << 30
+    link_wait_s: Seconds = 10.0
+    must_be_pinned: bool = False
+    keep_mappings: bool = True
 
 
 class Scheduling(Section):
     """Who is ACTIVE when. `max_active_models` is per partition; 0 is as many as fit.
 
     `in_flight` and `drain_timeout_s` are what swaps do where the caller does not say. A short drain
-    is enough: what it does not finish is preserved.
+    is enough: what it does not finish is preserved. With `stage_ahead` models that are STANDBY are
+    put into memory that nobody needs, as STAGED. `weights` says how models that are ACTIVE on one
+    partition and have work at once share its time, by `name` or `name@version`; the others have 1.
     """
 
     max_active_models: Annotated[int, Field(ge=0, le=1024)] = 0
     swap_on_demand: bool = True
+    stage_ahead: bool = True
     min_residency_s: Seconds = 1.0
     hold_timeout_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] = 60.0
     in_flight: Annotated[InFlight, Field(strict=False)] = InFlight.DRAIN
     drain_timeout_s: Seconds = 1.0
+    weights: dict[str, Annotated[float, Field(ge=WEIGHT_MIN, le=WEIGHT_MAX)]] = {}
+
+    def weight(self, key: str) -> float:
+        """That of the model `name@version`: its own, or its name's, or 1."""
+        return self.weights.get(key, self.weights.get(key.partition("@")[0], 1.0))
 
 
 class Gateway(Section):
@@ -156,6 +229,7 @@ class Config(Section):
     node: Node = Node()
     host_store: HostStore = HostStore()
     image_cache: ImageCache = ImageCache()
+    models: Models = Models()
     worker: Worker = Worker()
     scheduling: Scheduling = Scheduling()
     gateway: Gateway = Gateway()
@@ -170,6 +244,12 @@ class Config(Section):
     @property
     def runtime_dir(self) -> Path:
         return Path(self.node.runtime_dir)
+
+    @property
+    def image_dtype(self) -> str:
+        """What builders make of weights."""
+        packed = self.host_store.packed and self.worker.dtype == "bfloat16"
+        return PACKED_DTYPE if packed else self.worker.dtype
 
     @property
     def control_socket(self) -> Path:
@@ -208,12 +288,20 @@ def as_toml(config: Config) -> str:
     lines = []
     for section, values in config.model_dump(mode="json").items():
         if isinstance(values, dict):
-            # JSON's strings, numbers and booleans are TOML's as well.
-            keys = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+            keys = [f"{key} = {_toml(value)}" for key, value in values.items()]
             lines += [f"[{section}]", *keys, ""]
         elif values:
             lines.insert(0, f"{section} = {json.dumps(values)}")
     return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    """JSON's strings, numbers, booleans and keys are TOML's as well; its objects are not."""
+    if isinstance(value, dict):
+        return (
+            "{" + ", ".join(f"{json.dumps(key)} = {_toml(one)}" for key, one in value.items()) + "}"
+        )
+    return json.dumps(value)
 
 
 def _complete(config: Config, environment: Mapping[str, str]) -> Config:
@@ -245,13 +333,36 @@ def _complete(config: Config, environment: Mapping[str, str]) -> Config:
     store = config.host_store.model_copy(update={"budget_bytes": budget_bytes})
     images = Path(config.image_cache.directory or Path(node.state_dir) / "images").absolute()
     cache = config.image_cache.model_copy(update={"directory": str(images)})
+    worker = config.worker
+    if worker.dtype == "auto":
+        fast = not node.simulate or computes_bfloat16()
+        worker = worker.model_copy(update={"dtype": "bfloat16" if fast else "float32"})
     failpoints = environment.get("HOTBAY_FAILPOINTS", "") or config.failpoints
     return config.model_copy(
         update={
             "node": node,
+            "worker": worker,
             "host_store": store,
             "image_cache": cache,
+            "models": _complete_models(config.models, Path(node.state_dir), environment),
             "failpoints": failpoints,
+        }
+    )
+
+
+def _complete_models(models: Models, state_dir: Path, environment: Mapping[str, str]) -> Models:
+    try:
+        endpoint = models.hub_endpoint or _hub(environment.get("HF_ENDPOINT", "")) or HUB_ENDPOINT
+    except ValueError as error:
+        raise ConfigInvalid(f"HF_ENDPOINT of the environment is refused: {error}") from None
+    token_file = models.token_file and str(Path(models.token_file).absolute())
+    return models.model_copy(
+        update={
+            "directory": str(Path(models.directory or state_dir / "models").absolute()),
+            "hub_endpoint": endpoint,
+            "token_file": token_file,
+            "offline": models.offline
+            or environment.get("HF_HUB_OFFLINE", "").upper() in TRUE_WORDS,
         }
     )
 

@@ -28,6 +28,12 @@ class FailPoint(StrEnum):
     EXCHANGED = "exchanged"  # the worker committed, nothing is journalled
     PLACED = "placed"  # memory and table know, the journal does not
     DRAINED = "drained"  # the worker drained a model, nothing is journalled
+    CLEARED = "cleared"  # the workers of partitions that go are gone, no GPU is changed
+    CUT = "cut"  # the GPUs are cut anew, the journal does not say so
+
+
+LAYOUT_POINTS = frozenset({FailPoint.CLEARED, FailPoint.CUT})
+"""Those that only a change of layout comes by."""
 
 
 class Action(StrEnum):

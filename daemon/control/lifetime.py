@@ -16,9 +16,9 @@ import logging
 import signal
 
 from daemon.control.config import Config
-from daemon.control.journal import Journal
 from daemon.control.node import Node
 from daemon.control.notify import Notifier
+from daemon.control.state.journal import Journal
 from partitioner.bounded import BoundedNvml
 
 STOP_MARGIN_S = 30.0

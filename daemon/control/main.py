@@ -66,16 +66,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def simulated(argument: str) -> Iterator[None]:
-    """Let NVML be the simulated one where one is asked for."""
+def simulated(argument: str, runtime_dir: Path) -> Iterator[None]:
+    """Let NVML be the simulated one where one is asked for, cut as it was left."""
     if not argument:
         yield
         return
     from partitioner.simulated.install import installed
-    from partitioner.simulated.node import SimulatedNode
+    from partitioner.simulated.remembered import FILE_NAME, remembering
     from partitioner.simulation import parse_simulate
 
-    with installed(SimulatedNode(parse_simulate(argument))):
+    with installed(remembering(parse_simulate(argument), runtime_dir / FILE_NAME)):
         yield
 
 
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.ExitStack() as stack:
             for directory in dict.fromkeys((config.state_dir, config.runtime_dir)):
                 stack.callback(DirectoryLock.acquire(directory).release)
-            stack.enter_context(simulated(config.node.simulate))
+            stack.enter_context(simulated(config.node.simulate, config.runtime_dir))
             runner = stack.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
             runner.run(serve(config, Notifier(os.environ), version()))
     except ConfigInvalid as error:

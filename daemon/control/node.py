@@ -15,40 +15,45 @@ from typing import Protocol
 
 from google.protobuf.message import Message
 
-from daemon.control import answers
-from daemon.control.builder_client import Builder
-from daemon.control.commands import commands
-from daemon.control.conductor import Conductor
+from daemon.control.actions.conductor import Conductor
+from daemon.control.actions.demand_loop import DemandLoop
+from daemon.control.actions.disk_cache import DiskCache
+from daemon.control.actions.images import Builders, Images
+from daemon.control.actions.layout_changes import LayoutChanges
+from daemon.control.actions.layouts import Layouts
+from daemon.control.actions.pulls import Pullers, Pulls
+from daemon.control.actions.recovery import Recovery
+from daemon.control.actions.routing import Router
+from daemon.control.actions.spare_memory import SpareKeeper
+from daemon.control.actions.stage_ahead import StageAhead
+from daemon.control.actions.transitions import Transitions
 from daemon.control.config import Config
-from daemon.control.custody import Custody
-from daemon.control.demand_loop import DemandLoop
-from daemon.control.disk_cache import DiskCache
 from daemon.control.failpoints import FailPoints, parse_failpoints
-from daemon.control.fleet import Fleet
-from daemon.control.gateway_client import GatewayClient
-from daemon.control.images import Builders, Images
-from daemon.control.journal import Contents, Journal
-from daemon.control.layouts import Layouts
-from daemon.control.metrics import Metrics
-from daemon.control.notify import Notifier
-from daemon.control.operations import Operations
-from daemon.control.place import Commands, FleetEvents
-from daemon.control.records import Operation
-from daemon.control.recovery import Recovery
-from daemon.control.registry import Registry
-from daemon.control.routing import Router
+from daemon.control.notify import Notifier, boot_id
+from daemon.control.processes.builder_client import Builder
+from daemon.control.processes.commands import commands
+from daemon.control.processes.custody import Custody
+from daemon.control.processes.fleet import Fleet
+from daemon.control.processes.gateway_client import GatewayClient
+from daemon.control.processes.place import Commands, FleetEvents
+from daemon.control.processes.puller_client import Puller
+from daemon.control.processes.worker_client import WorkerClient
+from daemon.control.services import answers
 from daemon.control.services.api import make_server, snapshot
+from daemon.control.services.metrics import Metrics
 from daemon.control.services.nodes import NodeService
-from daemon.control.transitions import Transitions
-from daemon.control.watch import Hub
-from daemon.control.worker_client import WorkerClient
-from daemon.control.world import Processes, World
+from daemon.control.services.watch import Hub
+from daemon.control.state.journal import Contents, Journal
+from daemon.control.state.operations import Operations
+from daemon.control.state.records import Operation
+from daemon.control.state.registry import Registry
+from daemon.control.state.world import Processes, World
 from engine.link.control import WorkerState
 from engine.link.routes import Demand
 from partitioner.bounded import BoundedNvml
 from partitioner.errors import PartitionerError
 from partitioner.gpu import Gpu
-from partitioner.partition import whole_partitions
+from partitioner.partition import partitions_of
 from swap.image_cache import ImageCache
 from swap.store import HostStore
 
@@ -59,6 +64,9 @@ class RunningFleet(Processes, Protocol):
     """What the node needs of its fleet."""
 
     async def start(self) -> None: ...
+    def add(self, partition: str) -> None: ...
+    async def settled(self, partition: str) -> None: ...
+    async def remove(self, partition: str, drain_timeout_s: float) -> None: ...
     async def stop(self, drain_timeout_s: float) -> None: ...
     async def kill(self) -> None: ...
     async def detach(self) -> None: ...
@@ -71,10 +79,12 @@ def make_world(
     config: Config, contents: Contents, gpus: tuple[Gpu, ...], builders: Builders
 ) -> World:
     """What the journal remembers, and the GPUs that were found."""
-    registry = Registry(builders, config.worker.dtype, config.limits.models_max)
+    registry = Registry(builders, config.image_dtype, config.limits.models_max)
     registry.restore(contents)
     store = HostStore(config.host_store.budget_bytes)
-    world = World(config, registry, store, whole_partitions(gpus), gpus)
+    partitions = partitions_of(gpus, contents.owned, boot_id())
+    world = World(config, registry, store, partitions, gpus, contents.links)
+    world.owned = contents.owned
     for placement in contents.placements:
         world.placed(placement)
     if contents.warning:
@@ -97,6 +107,7 @@ class Node:
         *,
         make_fleet: FleetMaker = Fleet,
         builders: Builders = Builder.start,
+        pullers: Pullers = Puller.start,
     ) -> None:
         self._config = config
         self._notifier = notifier
@@ -117,7 +128,9 @@ class Node:
             world.store,
             builders,
             world.warnings.append,
+            packed_only=kept.keep == "packed",
         )
+        self._spare = SpareKeeper(world, builders)
         self._metrics = Metrics(world, self._disk)
         failpoints = FailPoints(parse_failpoints(config.failpoints))
         self._hub = Hub(self._show, config.limits)
@@ -128,12 +141,26 @@ class Node:
             lambda name: self._hub.removed("operation", name),
         )
         self._router = Router(world)
-        self._images = Images(world, builders, self._custody, self._disk, failpoints)
+        self._images = Images(world, builders, self._custody, self._disk, self._spare, failpoints)
         transitions = Transitions(
             world, self._images, self._router, journal, failpoints, self._metrics.exchanged
         )
         self._conductor = Conductor(world, self._images, self._operations, transitions, failpoints)
         self._demand = DemandLoop(world, self._conductor, self._operations, self._router)
+        self._pulls = pulls = Pulls(world, self._operations, self._conductor, self._router, pullers)
+        layouts = Layouts(world, nvml.discover, nvml.geometry)
+        self._layout_changes = LayoutChanges(
+            world,
+            layouts,
+            nvml,
+            self.fleet,
+            journal,
+            self._operations,
+            self._conductor,
+            self._router,
+            failpoints,
+        )
+        self._stage_ahead = StageAhead(world, self._conductor, self._operations)
         self._recovery = Recovery(
             world,
             journal,
@@ -142,6 +169,8 @@ class Node:
             self._conductor,
             transitions,
             self._router,
+            pulls,
+            self._layout_changes,
         )
         self._server = make_server(
             world,
@@ -149,9 +178,18 @@ class Node:
             self._conductor,
             self._router,
             self._hub,
-            NodeService(world, self._operations, version, self._discover, lambda: self._listening),
+            NodeService(
+                world,
+                self._operations,
+                self._conductor,
+                version,
+                self._discover,
+                lambda: self._listening,
+            ),
             self._images,
-            Layouts(world, nvml.discover, nvml.geometry),
+            layouts,
+            self._layout_changes,
+            pulls,
         )
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when one of the daemon's own loops does."""
@@ -165,6 +203,7 @@ class Node:
         world, config = self.world, self._config
         open_operations = self._operations.restore(self._contents.operations)
         await self._server.start()
+        await self._layout_changes.settle(self._contents.layout_change, open_operations)
         await self._disk.open()
         scan = asyncio.create_task(self._scan(), name="scan")
         try:
@@ -183,10 +222,13 @@ class Node:
             asyncio.create_task(self._images.spread(), name="spread"),
             asyncio.create_task(self._demand.run(), name="demand"),
             asyncio.create_task(self._disk.run(), name="image cache"),
+            asyncio.create_task(self._spare.run(), name="spare memory"),
+            asyncio.create_task(self._stage_ahead.run(), name="stage ahead"),
         ]
         for task in self._tasks:
             task.add_done_callback(self._loop_ended)
         world.became_ready.set()
+        self._spare.wake()
         for client in list(self.fleet.workers.values()):
             self._recovery.restore(client)
         await self._images.keep_all()
@@ -257,6 +299,7 @@ class Node:
         if record.done:
             self._metrics.operation_ended(record)
             self._demand.wake()
+            self._spare.wake()
             self._notifier.status(self._status())
         self._hub.changed("operation", record.name, answers.operation(record))
         self._hub.refresh_soon()
@@ -289,7 +332,9 @@ class Node:
 
     async def worker_state(self, state: WorkerState) -> None:
         """A worker reported: every second, and after each change."""
-        statuses = tuple((each.model, each.status, each.reason) for each in state.engines)
+        statuses = tuple(
+            (each.model, each.status, each.spare, each.reason) for each in state.engines
+        )
         changed = self._statuses.get(state.partition) != statuses
         self._statuses[state.partition] = statuses
         self._demand.wake()

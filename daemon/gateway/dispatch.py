@@ -58,6 +58,7 @@ class Dispatcher:
         sampling: Sampling,
         *,
         priority: int,
+        cache_salt: str,
         index: int,
         mailbox: Mailbox,
         arrived_s: float,
@@ -75,6 +76,7 @@ class Dispatcher:
             prompt=prompt,
             sampling=sampling,
             priority=priority,
+            cache_salt=cache_salt,
             mailbox=mailbox,
             arrived_s=arrived_s,
         )

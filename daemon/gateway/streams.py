@@ -78,6 +78,7 @@ class Stream:
     prompt: tuple[int, ...]
     sampling: Sampling
     priority: int
+    cache_salt: str
     mailbox: Mailbox
     arrived_s: float
     """When the client's request arrived, on the monotonic clock."""

@@ -73,6 +73,7 @@ class TokenLink:
             prompt=stream.prompt,
             sampling=stream.sampling,
             priority=stream.priority,
+            cache_salt=stream.cache_salt,
         )
         try:
             self._link.post(message)

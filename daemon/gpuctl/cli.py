@@ -15,15 +15,20 @@ from daemon.gpuctl import cli_layouts
 from daemon.gpuctl.complete import completion_script
 from daemon.gpuctl.exits import Exit
 from daemon.gpuctl.options import (
+    CanaryOption,
     DrainTimeoutOption,
     DryRunOption,
     IncomingArgument,
+    LayersOption,
     ModelArgument,
+    NoCanaryOption,
     OperationArgument,
     OutgoingArgument,
     PartitionOption,
+    QueueOption,
     RequestIdOption,
     WaitOption,
+    WeightsBytesOption,
     command,
 )
 from daemon.gpuctl.session import Session
@@ -81,8 +86,10 @@ def build() -> typer.Typer:
     layouts = _group("Look at how GPUs are cut, and plan how they could be.")
     cli_layouts.declare(layouts)
     app.add_typer(layouts, name="part")
+    _declare_pull(app)
     _declare_moves(app)
     _declare_pins(app)
+    _declare_calibrate(app)
     _declare_run(app)
     operations = _group("Look at, wait for and cancel operations.")
     _declare_operations(operations)
@@ -178,6 +185,38 @@ def _declare_models(app: typer.Typer) -> None:
         models.show(session, model)
 
 
+def _declare_pull(app: typer.Typer) -> None:
+    @command(app, "pull")
+    def pull(
+        session: Session,
+        repository: Annotated[
+            str, typer.Argument(metavar="REPO[@REVISION]", help="OWNER/NAME on the hub.")
+        ],
+        name: Annotated[
+            str, typer.Option("--as", metavar="NAME", help="What to call it; by default NAME.")
+        ] = "",
+        token_file: Annotated[
+            str,
+            typer.Option(metavar="F", help="Holds a token for the hub; on the daemon's host."),
+        ] = "",
+        request_id: RequestIdOption = "",
+        dry_run: DryRunOption = False,
+        wait: Annotated[
+            bool,
+            typer.Option(
+                "--wait/--no-wait",
+                " /--detach",
+                help="Wait for the end, or print the operation's name.",
+            ),
+        ] = True,
+    ) -> None:
+        """Fetch a model from a hub (Hugging Face or a mirror) and register it."""
+        from daemon.gpuctl import moves, pulls
+
+        how = moves.How(request_id, dry_run, wait)
+        pulls.pull(session, repository, name, token_file, how)
+
+
 def _declare_moves(app: typer.Typer) -> None:
     @command(app, "load")
     def load(
@@ -187,6 +226,9 @@ def _declare_moves(app: typer.Typer) -> None:
             bool, typer.Option("--standby", help="Only bring it to host memory.")
         ] = False,
         partition: PartitionOption = "",
+        queue: QueueOption = False,
+        canary: CanaryOption = "",
+        no_canary: NoCanaryOption = False,
         request_id: RequestIdOption = "",
         dry_run: DryRunOption = False,
         wait: WaitOption = True,
@@ -194,7 +236,34 @@ def _declare_moves(app: typer.Typer) -> None:
         """Make a model ACTIVE where it fits, else leave it STANDBY."""
         from daemon.gpuctl import moves
 
-        moves.load(session, model, partition, standby, moves.How(request_id, dry_run, wait))
+        how = moves.How(request_id, dry_run, wait)
+        moves.load(
+            session,
+            model,
+            partition,
+            how,
+            standby=standby,
+            queue=queue,
+            canary=canary,
+            forget_canary=no_canary,
+        )
+
+    @command(app, "stage")
+    def stage(
+        session: Session,
+        model: ModelArgument,
+        partition: PartitionOption = "",
+        layers: LayersOption = 0,
+        weights_bytes: WeightsBytesOption = 0,
+        request_id: RequestIdOption = "",
+        dry_run: DryRunOption = False,
+        wait: WaitOption = True,
+    ) -> None:
+        """Put a model's weights into spare memory; a swap to it copies nothing, or the rest."""
+        from daemon.gpuctl import moves
+
+        how = moves.How(request_id, dry_run, wait)
+        moves.stage(session, model, partition, layers, weights_bytes, how)
 
     @command(app, "unload")
     def unload(
@@ -223,6 +292,7 @@ def _declare_moves(app: typer.Typer) -> None:
         partition: PartitionOption = "",
         in_flight: InFlightOption = None,
         drain_timeout: DrainTimeoutOption = None,
+        queue: QueueOption = False,
         request_id: RequestIdOption = "",
         dry_run: DryRunOption = False,
         wait: WaitOption = True,
@@ -232,7 +302,7 @@ def _declare_moves(app: typer.Typer) -> None:
 
         how = moves.How(request_id, dry_run, wait)
         policy = moves.in_flight(in_flight)
-        moves.swap(session, outgoing, incoming, partition, policy, drain_timeout, how)
+        moves.swap(session, outgoing, incoming, partition, policy, drain_timeout, queue, how)
 
     @command(app, "drain")
     def drain(
@@ -288,6 +358,20 @@ def _declare_pins(app: typer.Typer) -> None:
         from daemon.gpuctl import models
 
         models.pin(session, model, False, request_id, dry_run)
+
+
+def _declare_calibrate(app: typer.Typer) -> None:
+    @command(app, "calibrate")
+    def calibrate(
+        session: Session,
+        partition: Annotated[str, typer.Argument(help="A partition; all of them if none.")] = "",
+        request_id: RequestIdOption = "",
+        wait: WaitOption = True,
+    ) -> None:
+        """Measure the links over which weights are copied; plans count with them."""
+        from daemon.gpuctl import nodes
+
+        nodes.calibrate(session, partition, request_id, wait)
 
 
 def _declare_run(app: typer.Typer) -> None:

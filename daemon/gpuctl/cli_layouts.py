@@ -9,11 +9,15 @@ from typing import Annotated
 
 import typer
 
-from daemon.gpuctl.options import command
+from daemon.gpuctl.options import DryRunOption, RequestIdOption, WaitOption, command
 from daemon.gpuctl.session import Session
 
 LayoutFileOption = Annotated[
     str, typer.Option("--file", "-f", metavar="FILE", help="The layout file, or - for stdin.")
+]
+
+OptionalFileOption = Annotated[
+    str, typer.Option("--file", "-f", metavar="FILE", help="A layout file, or - for stdin.")
 ]
 
 
@@ -47,6 +51,29 @@ def declare(app: typer.Typer) -> None:
         from daemon.gpuctl import layouts
 
         return layouts.diff(session, file)
+
+    @command(app, "apply")
+    def apply(
+        session: Session,
+        plan_id: Annotated[
+            str, typer.Argument(metavar="[PLAN_ID]", help="A plan that `part plan` has shown.")
+        ] = "",
+        file: OptionalFileOption = "",
+        dry_run: DryRunOption = False,
+        wait: WaitOption = True,
+        request_id: RequestIdOption = "",
+    ) -> None:
+        """Cut the GPUs as a layout file, or a plan that was shown, says. Ctrl-C leaves it going."""
+        from daemon.gpuctl import layouts
+
+        layouts.apply(session, plan_id, file, dry_run=dry_run, wait=wait, request_id=request_id)
+
+    @command(app, "assert")
+    def assert_layout(session: Session, file: LayoutFileOption) -> int:
+        """Exit 0 when the GPUs are cut as a layout file says, else 1 with what differs."""
+        from daemon.gpuctl import layouts
+
+        return layouts.assert_layout(session, file)
 
     @command(app, "export")
     def export(session: Session) -> None:

@@ -97,10 +97,15 @@ def plan_lines(plan: common_pb2.SwapPlan) -> list[str]:
     lines = [
         f"plan:      {leaving} -> {plan.incoming or 'nothing'} on {plan.partition}",
         f"copy:      {size(plan.copy_bytes)} to the device, "
-        f"{size(plan.evict_bytes)} given up there",
+        f"{size(plan.evict_bytes)} given up there"
+        + (f", {size(plan.staged_bytes)} staged already" if plan.staged_bytes else ""),
         f"device:    {size(plan.device_bytes_needed)} needed, "
         f"{size(plan.device_bytes_available)} available" + ("" if fits else ": DOES NOT FIT"),
     ]
+    if plan.parked_bytes:
+        lines.append(
+            f"parks:     up to {size(plan.parked_bytes)} of KV in host memory, beside the copy"
+        )
     if plan.build_bytes:
         lines.append(f"from disk: {size(plan.build_bytes)} into host memory first")
     if plan.host_evictions:
@@ -118,12 +123,20 @@ def ledger_lines(ledger: common_pb2.Ledger) -> list[str]:
     lines.append(
         f"copied:    {size(ledger.copied_bytes)} at {rate(ledger.copy_bytes_per_second)}, "
         f"{ledger.link_percent:.0f}% of the link's {rate(ledger.link_bytes_per_second)}"
+        + (", beside other partitions' copies" if ledger.link_missed else "")
+        + (f"; {size(ledger.staged_bytes)} were staged" if ledger.staged_bytes else "")
     )
+    if ledger.pageable_bytes:
+        lines.append(
+            f"slow:      {size(ledger.pageable_bytes)} were not pinned; the worker's log says why"
+        )
     lines.append(
         f"requests:  {ledger.requests_lost} lost, {ledger.requests_finished} finished, "
         f"{ledger.requests_kept} kept"
         + (f", {ledger.requests_preserved} with their KV" if ledger.requests_preserved else "")
     )
+    if ledger.residue_bytes:
+        lines.append(f"residue:   {size(ledger.residue_bytes)} still held by what left")
     if ledger.parked_bytes:
         lines.append(f"parked:    {size(ledger.parked_bytes)} in {milliseconds(ledger.park_ms)}")
     if ledger.unpark_ms:

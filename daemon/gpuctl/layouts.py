@@ -1,4 +1,4 @@
-"""part: how GPUs are cut, what they could be cut into, and what a layout file would change.
+"""part: how GPUs are cut, what they could be cut into, and how a layout file becomes so.
 
 Reads, asks and prints; a file is only carried to the daemon, which alone knows what it means.
 """
@@ -9,11 +9,14 @@ import json
 import sys
 from pathlib import Path
 
+from google.longrunning.operations_proto_pb2 import Operation
+from hotbay.operations import operation_response
 from hotbay.v1 import node_pb2, partition_pb2
 
 from daemon.gpuctl.console import print_line
 from daemon.gpuctl.errors import CommandFailed
 from daemon.gpuctl.exits import Exit
+from daemon.gpuctl.follow import follow
 from daemon.gpuctl.output import Column, as_dict, print_json, print_table
 from daemon.gpuctl.session import Session
 from daemon.gpuctl.text import NOTHING, one_line, size, word
@@ -100,6 +103,10 @@ def plan(session: Session, file: str) -> None:
     if session.json:
         print_json(answer)
         return
+    _show(answer)
+
+
+def _show(answer: partition_pb2.LayoutPlan) -> None:
     rows = [[action, name, note] for action, name, note in _steps(answer)]
     print_table(PLAN_COLUMNS, rows, "the file asks for nothing")
     print_line()
@@ -127,6 +134,50 @@ def diff(session: Session, file: str) -> int:
             for name in gpu.create:
                 print_line(one_line(f"+ {name}"))
     return Exit.FAILED if answer.changes else Exit.OK
+
+
+def apply(
+    session: Session, plan_id: str, file: str, *, dry_run: bool, wait: bool, request_id: str
+) -> None:
+    """`gpuctl part apply`: shows what a file's plan is, then has exactly that plan carried out."""
+    if bool(plan_id) == bool(file):
+        raise CommandFailed("say either a plan's id or a file with -f, and one of them", Exit.USAGE)
+    if file:
+        planned = _ask(session, file)
+        plan_id = planned.plan_id
+        if not session.json:
+            _show(planned)
+            print_line()
+    operation = session.client.apply_layout(plan_id, request_id=request_id, validate_only=dry_run)
+    if dry_run:
+        if session.json:
+            print_json(operation)
+        else:
+            print_line(f"{plan_id} can be applied; nothing was changed")
+        return
+    follow(session, operation, wait=wait, describe=_applied, undo=lambda operation: "")
+
+
+def _applied(operation: Operation) -> str:
+    response = operation_response(operation)
+    if not isinstance(response, partition_pb2.ApplyLayoutResponse):
+        return "done"
+    parts = [
+        f"{word} {', '.join(names)}"
+        for word, names in (("destroyed", response.destroyed), ("created", response.created))
+        if names
+    ]
+    if response.moved:
+        parts.append(f"{', '.join(response.moved)} lost their place and are brought back")
+    return one_line("; ".join(parts) or response.message or "the layout was there already")
+
+
+def assert_layout(session: Session, file: str) -> int:
+    """`gpuctl part assert`: as `diff`, and says so when all is as the file has it."""
+    code = diff(session, file)
+    if code == Exit.OK and not session.json:
+        print_line("as the file says")
+    return code
 
 
 def export(session: Session) -> None:

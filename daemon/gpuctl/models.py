@@ -60,7 +60,7 @@ def list_models(session: Session) -> None:
         print_json(model_pb2.ListModelsResponse(models=models))
         return
     rows = [_row(model, version) for model in models for version in model.versions]
-    print_table(COLUMNS, rows, "no models; see gpuctl model register")
+    print_table(COLUMNS, rows, "no models; see gpuctl pull and gpuctl model register")
 
 
 def show(session: Session, name: str) -> None:
@@ -110,7 +110,8 @@ def _version_lines(version: model_pb2.ModelVersion) -> list[str]:
     why = f": {version.reason}" if version.reason else ""
     return [
         f"{version.key}",
-        f"  state:     {state_word(version.state)}{where}{why}",
+        f"  state:     {state_word(version.state)}{where}{why}"
+        + (f", {size(version.staged_bytes)} of its weights" if version.staged_bytes else ""),
         f"  family:    {version.family}, {count(version.parameters)} parameters, "
         f"{version.layers} layers, vocabulary {version.vocabulary}, "
         f"context {version.context_tokens} tokens",
@@ -120,4 +121,5 @@ def _version_lines(version: model_pb2.ModelVersion) -> list[str]:
         f"  requests:  {version.running} running, {version.waiting} waiting",
         f"  directory: {version.directory}",
         f"  digest:    {version.digest or NOTHING}",
+        *([f"  canary:    {version.canary!r}"] if version.canary else []),
     ]

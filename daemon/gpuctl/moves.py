@@ -1,4 +1,4 @@
-"""load, unload, swap, drain, resume: ask for the change, then follow it.
+"""load, stage, unload, swap, drain, resume: ask for the change, then follow it.
 
 Each function is one command: it makes one call, and hands the operation to `follow` with a
 sentence and a way back. It never looks at the node's state to decide anything.
@@ -34,13 +34,26 @@ def in_flight(choice: str | None) -> InFlight:
     return cast(InFlight, choice or "default")
 
 
-def load(session: Session, model: str, partition: str, standby: bool, how: How) -> None:
+def load(
+    session: Session,
+    model: str,
+    partition: str,
+    how: How,
+    *,
+    standby: bool,
+    queue: bool,
+    canary: str,
+    forget_canary: bool,
+) -> None:
     """`gpuctl load`."""
     session.names = [model, partition]
     operation = session.client.load(
         model,
         partition=partition,
         standby=standby,
+        queue=queue,
+        canary=canary,
+        forget_canary=forget_canary,
         request_id=how.request_id,
         validate_only=how.dry_run,
     )
@@ -52,6 +65,26 @@ def load(session: Session, model: str, partition: str, standby: bool, how: How) 
         return command_line("gpuctl", "unload", model)
 
     _finish(session, operation, how, f"loaded {model}", undo)
+
+
+def stage(
+    session: Session, model: str, partition: str, layers: int, weights_bytes: int, how: How
+) -> None:
+    """`gpuctl stage`."""
+    session.names = [model, partition]
+    operation = session.client.stage(
+        model,
+        partition=partition,
+        layers=layers,
+        weights_bytes=weights_bytes,
+        request_id=how.request_id,
+        validate_only=how.dry_run,
+    )
+
+    def undo(_: Operation) -> str:
+        return command_line("gpuctl", "unload", model)
+
+    _finish(session, operation, how, f"staged {model}", undo)
 
 
 def unload(
@@ -86,6 +119,7 @@ def swap(
     partition: str,
     policy: InFlight,
     drain_timeout_s: float | None,
+    queue: bool,
     how: How,
 ) -> None:
     """`gpuctl swap`."""
@@ -96,6 +130,7 @@ def swap(
         partition=partition,
         in_flight=policy,
         drain_timeout_s=drain_timeout_s,
+        queue=queue,
         request_id=how.request_id,
         validate_only=how.dry_run,
     )

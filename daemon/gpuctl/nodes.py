@@ -1,4 +1,4 @@
-"""status and ps: what there is and how it does.
+"""status, ps and calibrate: what there is and how it does.
 
 Reads and prints. `status --check` says the same in one line with the exit code that monitoring
 systems expect, and never fails in any other way.
@@ -11,16 +11,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from google.longrunning.operations_proto_pb2 import Operation
 from google.protobuf import timestamp_pb2
 from hotbay.errors import HotbayError
 from hotbay.v1 import common_pb2, model_pb2, node_pb2, partition_pb2
 
 from daemon.gpuctl.console import print_line
 from daemon.gpuctl.exits import Check
+from daemon.gpuctl.follow import follow
 from daemon.gpuctl.models import state_word
 from daemon.gpuctl.output import Column, as_dict, print_json, print_table
 from daemon.gpuctl.session import Session
-from daemon.gpuctl.text import NOTHING, age, count, one_line, share, size, word
+from daemon.gpuctl.text import NOTHING, age, count, one_line, rate, share, size, word
 
 GPU_COLUMNS = (
     Column("GPU"), Column("PRODUCT"), Column("MEMORY", right=True), Column("USED", right=True),
@@ -35,6 +37,24 @@ PS_COLUMNS = (
     Column("KV", right=True), Column("KV USED", right=True), Column("RUNNING", right=True),
     Column("WAITING", right=True), Column("TOKENS", right=True),
 )  # fmt: skip
+
+
+def calibrate(session: Session, partition: str, request_id: str, wait: bool) -> None:
+    """`gpuctl calibrate`."""
+    session.names = [partition]
+    operation = session.client.calibrate(partition, request_id=request_id)
+
+    def describe(done: Operation) -> str:
+        response = node_pb2.CalibrateResponse()
+        done.response.Unpack(response)
+        links = (
+            f"{each.partition} {rate(each.host_to_device_bytes_per_second)} to the device, "
+            f"{rate(each.device_to_host_bytes_per_second)} from it"
+            for each in response.links
+        )
+        return "measured " + "; ".join(links)
+
+    follow(session, operation, wait=wait, describe=describe, undo=lambda _: "")
 
 
 @dataclass(frozen=True)
@@ -147,8 +167,10 @@ def _head(node: node_pb2.Node) -> Iterator[str]:
     store = node.host_store
     yield (
         f"host store {size(store.used_bytes)} of {size(store.budget_bytes)} in "
-        f"{len(store.images)} images; {node.operations_running} operations running"
+        f"{len(store.images)} images, {size(store.spare_bytes)} spare; "
+        f"{node.operations_running} operations running"
     )
+    yield f"new images in {store.pages or NOTHING}"
     yield f"HTTP at {node.http_address or NOTHING}, gRPC at {node.grpc_address or NOTHING}"
 
 

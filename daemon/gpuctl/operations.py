@@ -42,13 +42,14 @@ def show(session: Session, name: str) -> None:
         return
     metadata = operation_metadata(operation)
     print_line(f"operation: {operation.name}")
-    print_line(f"what:      {metadata.kind} {models_of(metadata)} on {metadata.partition}")
+    where = f" on {metadata.partition}" if metadata.partition else ""
+    print_line(f"what:      {metadata.kind} {models_of(metadata)}{where}")
     print_line(f"stage:     {standing(metadata)}")
     print_line(f"result:    {_result(operation)}")
     print_line(f"cause:     {metadata.cause or NOTHING}, request {metadata.request_id or NOTHING}")
     if metadata.message:
         print_line(f"message:   {metadata.message}")
-    if metadata.HasField("plan"):
+    if metadata.plan.ByteSize():  # some kinds have nothing to plan
         for line in plan_lines(metadata.plan):
             print_line(line)
     if metadata.HasField("ledger"):

@@ -61,6 +61,27 @@ DrainTimeoutOption = Annotated[
     float | None,
     typer.Option("--drain-timeout", min=0.0, metavar="S", help="Seconds to let requests finish."),
 ]
+LayersOption = Annotated[
+    int,
+    typer.Option("--layers", min=0, metavar="N", help="Only the weights up to the Nth layer."),
+]
+WeightsBytesOption = Annotated[
+    int,
+    typer.Option("--bytes", min=0, metavar="BYTES", help="Only so many of the first bytes."),
+]
+QueueOption = Annotated[
+    bool,
+    typer.Option("--queue", help="Wait for what changes it now, instead of being refused."),
+]
+CanaryOption = Annotated[
+    str,
+    typer.Option(
+        "--canary",
+        metavar="TEXT",
+        help="Record the greedy answer to TEXT; it must be the same whenever the model comes in.",
+    ),
+]
+NoCanaryOption = Annotated[bool, typer.Option("--no-canary", help="Have no canary any more.")]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")
 ]

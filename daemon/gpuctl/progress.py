@@ -1,7 +1,8 @@
 """A progress bar for one operation, on standard error, and only on a terminal.
 
-It shows the stage, the bytes moved and the requests left, from the operation's own metadata. Where
-standard error is not a terminal it shows nothing at all, so that logs stay readable.
+It shows the stage, the bytes moved, the requests left or the step of a change of layout, from the
+operation's own metadata. Where standard error is not a terminal it shows nothing at all, so that
+logs stay readable.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def standing(metadata: model_pb2.OperationMetadata) -> str:
         parts.append(f"{size(metadata.bytes_done)} of {size(metadata.bytes_total)}")
     if metadata.requests_left:
         parts.append(f"{metadata.requests_left} requests left")
+    if metadata.kind == "layout" and metadata.message:
+        parts.append(metadata.message)
     return one_line(", ".join(parts))
 
 

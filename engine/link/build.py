@@ -3,12 +3,16 @@
 A builder lives for one checkpoint: hotbayd asks `Inspect`, decides whether the image fits, hands
 over a segment of the size that was answered, and waits for `Built`; or, when an image of the same
 checkpoint is on disk, for `Restored`. Another one, later, is handed the sealed segment with `Save`
-and writes it to disk. A builder never sees a device and never allocates the image's memory itself.
+and writes it to disk; one more, with `Touch`, makes memory present before
+anybody needs it. A builder never sees a device and never allocates the image's memory itself.
 """
 
 from __future__ import annotations
 
 import msgspec
+
+PACKED_DTYPE = "bfloat16-packed"
+"""bfloat16 in a packed image; see `swap.packing`."""
 
 
 class Inspect(msgspec.Struct, frozen=True, tag=True):
@@ -16,7 +20,7 @@ class Inspect(msgspec.Struct, frozen=True, tag=True):
 
     directory: str
     dtype: str = "float32"
-    """What the weights are cast to: float32, bfloat16 or float16."""
+    """What the weights are cast to: float32, bfloat16, float16, or PACKED_DTYPE."""
     call: int = 0
 
 
@@ -31,9 +35,11 @@ class Inspected(msgspec.Struct, frozen=True, tag=True):
     context_tokens: int
     checkpoint_bytes: int
     segment_bytes: int
-    """Host memory the image takes, its manifest included."""
+    """Host memory the image takes, its manifest included; a packed one at most, while it is built.
+    """
     weights_bytes: int
-    """Device memory its weights take, before rounding up to pages."""
+    """Device memory its weights take, before rounding up to pages; those of a packed image at most.
+    """
     kv_bytes_per_token: int
     key: str = ""
     """Identifies the checkpoint's files as they are now, together with the image they become."""
@@ -46,6 +52,8 @@ class Build(msgspec.Struct, frozen=True, tag=True):
     """
 
     threads: int = 2
+    numa_node: int = -1
+    """Where its memory should be; -1 leaves that to the system."""
     call: int = 0
 
 
@@ -59,7 +67,6 @@ class Restore(msgspec.Struct, frozen=True, tag=True):
     path: str
     digest: str
     threads: int = 4
-    huge_pages: bool = True
     numa_node: int = -1
     """Where its memory should be; -1 leaves that to the system."""
     call: int = 0
@@ -79,6 +86,26 @@ class Save(msgspec.Struct, frozen=True, tag=True):
 
     path: str
     call: int = 0
+
+
+class Touch(msgspec.Struct, frozen=True, tag=True):
+    """Make all memory of the unsealed segment that travels along present. Needs no inspection.
+
+    Answered by Touched or Failed; its owner may cut the segment meanwhile, which is a failure.
+    """
+
+    threads: int = 4
+    huge_pages: bool = True
+    """Whether to ask for transparent ones."""
+    numa_node: int = -1
+    """Where the memory should be; -1 leaves that to the system."""
+    call: int = 0
+
+
+class Touched(msgspec.Struct, frozen=True, tag=True):
+    """All of the segment's memory is present."""
+
+    call: int
 
 
 class Saved(msgspec.Struct, frozen=True, tag=True):
@@ -104,6 +131,21 @@ class Built(msgspec.Struct, frozen=True, tag=True):
     might not show. The image is then not to be found again by its files."""
 
 
+class Tokenize(msgspec.Struct, frozen=True, tag=True):
+    """Turn a text into a checkpoint's tokens, special ones included. Answered by Tokenized."""
+
+    directory: str
+    text: str
+    call: int = 0
+
+
+class Tokenized(msgspec.Struct, frozen=True, tag=True):
+    """The tokens of a text."""
+
+    call: int
+    tokens: tuple[int, ...]
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The checkpoint cannot be inspected or built; says which file or tensor, and why."""
 
@@ -113,5 +155,5 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     metadata: dict[str, str] = {}
 
 
-ToBuilder = Inspect | Build | Restore | Save
-FromBuilder = Inspected | BuildProgress | Built | Restored | Saved | Failed
+ToBuilder = Inspect | Build | Restore | Save | Touch | Tokenize
+FromBuilder = Inspected | BuildProgress | Built | Restored | Saved | Touched | Tokenized | Failed

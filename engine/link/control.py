@@ -14,6 +14,8 @@ from typing import Literal
 import msgspec
 
 PROTOCOL = 1
+WEIGHT_MIN, WEIGHT_MAX = 0.01, 100.0
+"""Range of a model's weight beside others."""
 
 
 class InFlight(StrEnum):
@@ -56,6 +58,29 @@ class EngineSpec(msgspec.Struct, frozen=True, tag=True):
     """Longest prompt plus output of one request; KV for one such request is guaranteed."""
     running_requests_max: int
     waiting_requests_max: int
+    weight: float = 1.0
+    """Its share of the worker's time beside other models that have work at once."""
+
+
+CANARY_PROMPT_TOKENS_MAX = 64
+CANARY_TOKENS = 16
+"""How many tokens a canary draws: each costs a step, which held requests wait for."""
+
+
+class Canary(msgspec.Struct, frozen=True):
+    """A prompt whose greedy tokens tell whether a model is what it was."""
+
+    prompt: tuple[int, ...]
+    """At most CANARY_PROMPT_TOKENS_MAX."""
+    expected: dict[str, tuple[int, ...]] = {}
+    """By runtime, see `engine.canary.runtime_of`. What it has no entry for is recorded."""
+
+
+class CanaryRecord(msgspec.Struct, frozen=True):
+    """What a canary drew where it had not been tried before."""
+
+    runtime: str
+    tokens: tuple[int, ...]
 
 
 class Ledger(msgspec.Struct, frozen=True):
@@ -67,15 +92,24 @@ class Ledger(msgspec.Struct, frozen=True):
     """Copying KV out to make room, beside the copy of the weights."""
     unpark_ms: float = 0.0
     """Copying the incoming model's parked KV back."""
+    link_wait_ms: float = 0.0
+    """Waiting for other workers' copies over the same link; not part of copy_ms."""
     copy_ms: float = 0.0
     verify_ms: float = 0.0
+    canary_ms: float = 0.0
     total_ms: float = 0.0
     first_token_ms: float | None = None
     """From the exchange's arrival to the incoming model's first token, when one was waiting."""
     copied_bytes: int = 0
+    staged_bytes: int = 0
+    """Of the incoming model's weights, what was on the device before."""
     evicted_bytes: int = 0
     link_bytes_per_s: float = 0.0
     """The measured limit of this partition's link, or the throttle where one is set."""
+    link_missed: bool = False
+    """The copy did not get its turn at the link in time, and shared it with others."""
+    pageable_bytes: int = 0
+    """Of the image, what could not be pinned and was copied slowly for that."""
     requests_finished: int = 0
     """Running requests of the outgoing model that were finished while draining."""
     requests_kept: int = 0
@@ -84,6 +118,8 @@ class Ledger(msgspec.Struct, frozen=True):
     """Of the kept ones, those with their KV kept too; the others compute theirs again."""
     parked_bytes: int = 0
     """KV that was copied out to make room."""
+    residue_bytes: int = 0
+    """Pages that the outgoing models still hold at the commit: staged weights and kept KV."""
     requests_lost: int = 0
 
 
@@ -96,7 +132,7 @@ class EngineState(msgspec.Struct, frozen=True):
     weights_bytes: int = 0
     kv_used_bytes: int = 0
     kv_bytes: int = 0
-    """KV pages mapped now."""
+    """KV pages in use or promised; what is mapped ahead of need counts as free."""
     running: int = 0
     waiting: int = 0
     """All that wait, those with their KV kept included."""
@@ -110,8 +146,20 @@ class EngineState(msgspec.Struct, frozen=True):
     computed_tokens_total: int = 0
     """Tokens that went through the model, those that were computed again counted again."""
     preemptions_total: int = 0
+    cached_bytes: int = 0
+    """Cached prefixes, in KV blocks that no request uses: most of it counts as free."""
+    prefix_lookup_tokens_total: int = 0
+    """Prompt tokens that were looked for in the prefix cache."""
+    prefix_hit_tokens_total: int = 0
+    """Of those, what was found there."""
     reason: str = ""
     """Why the status is FAILED."""
+    spare: bool = False
+    """Its weights are there, or on their way, only for as long as nobody needs their pages."""
+    staged_bytes: int = 0
+    """Of a spare model's weights, the first ones that are there."""
+    copy_bytes: int = 0
+    """What a spare model's coming in would copy."""
 
 
 class ExchangeResult(msgspec.Struct, frozen=True):
@@ -124,6 +172,8 @@ class ExchangeResult(msgspec.Struct, frozen=True):
     error: str = ""
     rolled_back: bool = False
     ledger: Ledger = Ledger()
+    canary: CanaryRecord | None = None
+    """Set when one was recorded."""
 
 
 # hotbayd to worker. Each is answered by the reply named in its docstring, or by Failed.
@@ -166,11 +216,34 @@ class Exchange(msgspec.Struct, frozen=True, tag=True):
     drain_timeout_s: float = 10.0
     discard: bool = False
     """Forget the outgoing engines instead of keeping their waiting requests (an unload)."""
+    keep_staged: bool = False
+    """Leave the weights of outgoing models where they are if the pages are not needed: STAGED."""
+    canary: Canary | None = None
+    """Tried before the commit; other tokens than expected fail the exchange."""
+    call: int = 0
+
+
+class StageWeights(msgspec.Struct, frozen=True, tag=True):
+    """Copy a model's weights into pages that nobody needs, without serving it: STAGED.
+
+    Answered by Exchanged. It gives way: an exchange holds it up, and it ends with what has landed
+    when its pages are needed. With `displace` models that are staged give their pages, those unused
+    for longest first.
+    """
+
+    operation: str
+    incoming: EngineSpec
+    displace: bool = False
+    bytes_max: int = 0
+    """So many of the first bytes, rounded up to pages; 0: all. Of a packed image always all."""
     call: int = 0
 
 
 class Abandon(msgspec.Struct, frozen=True, tag=True):
-    """Roll the running exchange back, if it is not committed. Answered by Done, or Failed."""
+    """Roll the running exchange or staging back, if it is not committed.
+
+    Answered by Done, or Failed.
+    """
 
     operation: str
     call: int = 0
@@ -196,7 +269,7 @@ class Resume(msgspec.Struct, frozen=True, tag=True):
 
 
 class MeasureLink(msgspec.Struct, frozen=True, tag=True):
-    """Measure the partition's host-to-device rate. Answered by LinkMeasured."""
+    """Measure how fast the partition's link copies each way. Answered by LinkMeasured."""
 
     copy_bytes: int = 64 << 20
     call: int = 0
@@ -253,10 +326,11 @@ class Exchanged(msgspec.Struct, frozen=True, tag=True):
 
 
 class LinkMeasured(msgspec.Struct, frozen=True, tag=True):
-    """Answer to MeasureLink."""
+    """Answer to MeasureLink: the rate to the device, and the one from it."""
 
     call: int
     link_bytes_per_s: float
+    out_bytes_per_s: float = 0.0
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -282,6 +356,7 @@ ToWorker = (
     | AttachImage
     | DetachImage
     | Exchange
+    | StageWeights
     | Abandon
     | Drain
     | Resume

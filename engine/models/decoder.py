@@ -80,10 +80,14 @@ class Decoder:
         self._norm = weights["norm"]
         self._head = weights["embedding" if spec.tied else "head"]
 
-    def forward(self, tokens: torch.Tensor, plan: Any, rows: torch.Tensor) -> torch.Tensor:
+        self.addresses = tuple(weights[name].data_ptr() for name in sorted(weights))
+        """Where the weights are: what a captured graph holds on to."""
+
+    def forward(self, tokens: torch.Tensor, plan: Any, rows: torch.Tensor | None) -> torch.Tensor:
         """Compute `tokens` [n], store their KV, and return logits [len(rows), vocabulary].
 
-        `plan` comes from the kernels; `rows` are the tokens whose successors are wanted.
+        `plan` comes from the kernels; `rows` are the tokens whose successors are wanted, None for
+        all of them.
         """
         kernels, epsilon = self._kernels, self._epsilon
         self._gate.wait(EMBEDDING_LAYER)
@@ -95,7 +99,7 @@ class Decoder:
             qkv = kernels.linear(hidden, layer.qkv, layer.qkv_bias)
             queries = kernels.rotate_and_store(index, qkv, layer.head_norms, epsilon, plan)
             attended = kernels.attend(index, queries, plan)
-            if index == len(self._layers) - 1:
+            if rows is not None and index == len(self._layers) - 1:
                 # All KV is stored now; from here on only the wanted rows matter.
                 attended, residual = attended[rows], residual[rows]
             added = kernels.linear(attended, layer.attention_output)

@@ -8,6 +8,7 @@ It never knows what a field means.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from engine.errors import CheckpointInvalid
 
 FILE_BYTES_MAX = 4 << 20
 """Published configurations are a few kilobytes; more is not one."""
+
+
+INTEGER_MAX = 1 << 40
+"""No size or count of a model comes near; what is computed from one must fit a message."""
 
 
 class Fields:
@@ -66,6 +71,8 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.invalid(name, f"it must be a whole number of at least {minimum}")
+        if value > INTEGER_MAX:
+            raise self.invalid(name, f"it must be at most {INTEGER_MAX}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -75,7 +82,8 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.invalid(name, "it must be a number above 0")
-        if not 0 < value < float("inf"):
+        # A whole number of JSON may be beyond every float.
+        if not 0 < value <= sys.float_info.max:
             raise self.invalid(name, "it must be a finite number above 0")
         return float(value)
 

@@ -7,12 +7,16 @@ in this order can be computed behind: -1 is the embedding, 0 to n-1 the layers, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
+from engine.errors import CheckpointInvalid
 from engine.models.spec import ModelSpec
 from swap.image import TensorRecipe
 
 EMBEDDING_LAYER = -1
+# Not, for instance, the rotary frequencies that old checkpoints carry: those are computed.
+_LAYER_WEIGHT = re.compile(r"model\.layers\.\d+\..*\.(weight|bias)")
 
 
 def image_recipes(spec: ModelSpec) -> tuple[TensorRecipe, ...]:
@@ -22,6 +26,22 @@ def image_recipes(spec: ModelSpec) -> tuple[TensorRecipe, ...]:
     a step does one matrix product for each.
     """
     return (*_embedding(spec), *_layers(spec), *_ending(spec))
+
+
+def check_all_used(recipes: Iterable[TensorRecipe], names: Iterable[str]) -> None:
+    """Whether every weight of the checkpoint's layers goes into the image.
+
+    What is left over belongs to another computation than the configuration's: more layers, biases,
+    norms. Raises CheckpointInvalid naming a tensor.
+    """
+    used = {source for recipe in recipes for source in recipe.sources}
+    for name in sorted(names):
+        if name not in used and _LAYER_WEIGHT.fullmatch(name):
+            raise CheckpointInvalid(
+                f"the files hold {name}, which a model of this config.json does not use: the two "
+                "are of different models; fetch both again",
+                tensor=name,
+            )
 
 
 def layer_prefix(layer: int) -> str:

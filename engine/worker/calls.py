@@ -8,6 +8,7 @@ has changed nothing.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.link import control
-from engine.worker.errors import Abandoned, InvalidState, OperationInProgress
+from engine.worker.errors import Abandoned, Displaced, InvalidState, OperationInProgress
 from engine.worker.images import Image
 from engine.worker.loop import StepLoop
 from engine.worker.options import Options
 from engine.worker.order import Order
 from engine.worker.residency import Residency
-from engine.worker.supervision import supervise
+from engine.worker.supervision import PROGRESS_INTERVAL_S, supervise
 from swap.transfer import measure_link
 
 SHUTDOWN_MARGIN_S = 2.0
@@ -51,6 +52,7 @@ class Calls:
         self._tell = tell
         self._ended = ended
         self._order: Order | None = None
+        self._staging: Order | None = None
         self._boot_id = BOOT_ID.read_text(encoding="ascii").strip()
         self._measuring = asyncio.Lock()
         # One thread: attaching maps and faults gigabytes, which is no faster on several.
@@ -69,8 +71,10 @@ class Calls:
             return self.state(message.call)
         if isinstance(message, control.Exchange):
             return control.Exchanged(message.call, await self._exchange(message))
+        if isinstance(message, control.StageWeights):
+            return control.Exchanged(message.call, await self._stage(message))
         if isinstance(message, control.MeasureLink):
-            return control.LinkMeasured(message.call, await self._measure(message.copy_bytes))
+            return control.LinkMeasured(message.call, *await self._measure(message.copy_bytes))
         if isinstance(message, control.DetachImage):
             await self._detach(message.digest)
         elif isinstance(message, control.Abandon):
@@ -130,9 +134,14 @@ class Calls:
         descriptor = descriptors.pop()
         device = self._pool.device
         running = asyncio.get_running_loop()
-        image = await running.run_in_executor(
-            self._background, Image.attach, device, descriptor, message.digest
+        attach = functools.partial(
+            Image.attach,
+            device,
+            descriptor,
+            message.digest,
+            must_be_pinned=self._options.must_be_pinned,
         )
+        image = await running.run_in_executor(self._background, attach)
         if not await self._ask(lambda: self._residency.attach(image)):
             image.close()
 
@@ -171,9 +180,37 @@ class Calls:
             self._order = None
         return order.done.result()
 
+    async def _stage(self, message: control.StageWeights) -> control.ExchangeResult:
+        running = asyncio.get_running_loop()
+        if self._staging is not None:
+            raise OperationInProgress(
+                f"{self._staging.request.operation} is staging a model; wait for it",
+                operation=self._staging.request.operation,
+            )
+        request = control.Exchange(operation=message.operation, incoming=message.incoming)
+        order = self._staging = Order(
+            request, lambda stage: running.call_soon_threadsafe(self._tell, stage)
+        )
+        try:
+            async with self._measuring:
+                self._loop.mailbox.post(
+                    lambda: self._loop.stage(order, message.displace, message.bytes_max)
+                )
+            done = asyncio.wrap_future(order.done)
+            told = order.progress()
+            # No deadline: it may stand still for as long as exchanges run, and holds up nobody.
+            while not (await asyncio.wait({done}, timeout=PROGRESS_INTERVAL_S))[0]:
+                if order.progress() != told:
+                    told = order.progress()
+                    self._tell(told)
+        finally:
+            self._staging = None
+        return order.done.result()
+
     def _abandon(self, operation: str) -> None:
-        order = self._order
-        if order is None or order.request.operation != operation:
+        orders = [self._order, self._staging]
+        order = next((one for one in orders if one and one.request.operation == operation), None)
+        if order is None:
             raise InvalidState(f"exchange {operation} is not under way", operation=operation)
         if order.stage is control.Stage.ROLLING_BACK:
             return
@@ -181,18 +218,26 @@ class Calls:
             raise InvalidState(f"exchange {operation} is committed already", operation=operation)
         self._loop.mailbox.wake()
 
-    async def _measure(self, copy_bytes: int) -> float:
-        """The measurement takes free pages, so that no exchange may begin meanwhile."""
+    async def _measure(self, copy_bytes: int) -> tuple[float, float]:
+        """The rates to the device and from it.
+
+        Measuring takes free pages, so that no exchange may begin meanwhile.
+        """
         async with self._measuring:
             if self._order is not None:
                 raise OperationInProgress("an exchange is under way; measure the link afterwards")
-            if not self._pool.free_pages:
-                await self._ask(lambda: self._residency.reclaim(1))
-            rate = await asyncio.get_running_loop().run_in_executor(
-                self._background, measure_link, self._pool, copy_bytes
-            )
-            self._residency.link_bytes_per_s = rate
-        return rate
+            if self._staging is not None:
+                self._staging.interrupt(Displaced("staging was given up to measure the link"))
+                self._loop.mailbox.wake()
+                await asyncio.wait({asyncio.wrap_future(self._staging.done)})
+            await self._ask(lambda: self._residency.room.free_for_measuring(copy_bytes))
+            measure = functools.partial(measure_link, self._pool, copy_bytes, self._residency.link)
+            run = asyncio.get_running_loop().run_in_executor
+            rate = await run(self._background, measure)
+            out_rate = await run(self._background, functools.partial(measure, outward=True))
+            # On the step thread, so that what is told next is of after the measurement.
+            await self._ask(lambda: self._residency.linked(rate))
+        return rate, out_rate
 
     def close(self) -> None:
         """End the background thread once it is idle."""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator
 from engine.worker.order import Order
 from engine.worker.resident import Resident
 from swap.errors import SwapError
+from swap.shared_link import Link, Turn
+from swap.transfer import Reached
 
 Waits = Generator[float | None, None, None]
 """A job of the step loop: it yields the monotonic time at which it wants to be resumed at the
@@ -19,27 +21,55 @@ latest, or None to be resumed once something has happened."""
 
 
 class Copy:
-    """A copy under way; the resident may be stepped behind its gate as soon as this exists."""
+    """A copy under way; the resident may be stepped behind its gate as soon as this exists and its
+    turn at the link has come. `reached` is the transfer's."""
 
-    def __init__(self, resident: Resident, order: Order, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        resident: Resident,
+        order: Order,
+        wake: Callable[[], None],
+        link: Link,
+        reached: Reached = lambda place, cancelled: None,
+    ) -> None:
         self._order = order
         self._wake = wake
         self._ended = False
-        self._transfer = resident.load()
+        self._transfer = resident.load(link.turn(background=resident.spare), wake, reached)
         self._order.copying(self._transfer)
         name = "end of " + resident.model
         threading.Thread(target=self._await_end, name=name, daemon=True).start()
+
+    def pause(self, paused: bool) -> None:
+        """Stand still once the copy call under way has ended, or go on."""
+        self._transfer.pause(paused)
 
     @property
     def seconds(self) -> float:
         """How long copying alone took, once it has ended."""
         return self._transfer.seconds
 
-    def wait(self) -> Waits:
-        """Until every byte is there. Raises what interrupted it, else what the transfer raised."""
+    def is_of(self, resident: Resident) -> bool:
+        """Whether this is still the copy that fills the resident's pages."""
+        return resident.weights.transfer is self._transfer
+
+    @property
+    def turn(self) -> Turn:
+        """Its turn at the link: how long it waited for that."""
+        return self._transfer.turn
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes that cross the link."""
+        return self._transfer.bytes_total
+
+    def wait(self, check: Callable[[], None] = lambda: None) -> Waits:
+        """Until every byte is there. Raises what interrupted it, or what `check` does of a copy
+        that has ended, else what the transfer raised."""
         while not self._ended:
             yield None
         self._order.check()
+        check()
         self._transfer.join()
 
     def stop(self) -> Waits:

@@ -12,6 +12,7 @@ do, and the figures it names in `metadata`, as text.
     ├── OperationInProgress       OPERATION_IN_PROGRESS        one exchange at a time
     ├── PartitionTaken            PARTITION_IN_USE             another worker listens there
     ├── StageTimedOut             TIMED_OUT                    a stage overran its deadline
+    ├── CanaryFailed              CANARY_FAILED                other tokens than at first
     ├── Abandoned                 CANCELLED                    hotbayd asked for the rollback
     └── FailPointReached          EXCHANGE_FAILED              a test asked for this failure
 """
@@ -79,10 +80,22 @@ class StageTimedOut(WorkerError):
     reason = "TIMED_OUT"
 
 
+class CanaryFailed(WorkerError):
+    """A canary's tokens were not those that were recorded."""
+
+    reason = "CANARY_FAILED"
+
+
 class Abandoned(WorkerError):
     """The exchange was rolled back on request."""
 
     reason = "CANCELLED"
+
+
+class Displaced(WorkerError):
+    """What was being staged gave way to a model that serves."""
+
+    reason = "INSUFFICIENT_DEVICE_MEMORY"
 
 
 class FailPointReached(WorkerError):

@@ -16,14 +16,21 @@ from engine.worker.resident import Resident
 
 
 class Evacuation:
-    """One exchange's vacating, of several engines one after the other; it begins at once."""
+    """One exchange's vacating, of several engines one after the other; it begins at once.
+
+    `parking` is called on its thread before KV is copied (see `Vacating.copy`).
+    """
 
     def __init__(
-        self, vacatings: Sequence[tuple[Resident, Vacating]], wake: Callable[[], None]
+        self,
+        vacatings: Sequence[tuple[Resident, Vacating]],
+        wake: Callable[[], None],
+        parking: Callable[[], None] = lambda: None,
     ) -> None:
         self.residents = [resident for resident, _ in vacatings]
         self._vacatings = [vacating for _, vacating in vacatings]
         self._wake = wake
+        self._parking = parking
         threading.Thread(target=self._copy, name="evacuation", daemon=True).start()
 
     @property
@@ -55,4 +62,4 @@ class Evacuation:
 
     def _copy(self) -> None:
         for vacating in self._vacatings:
-            vacating.copy(self._wake)
+            vacating.copy(self._wake, self._parking)

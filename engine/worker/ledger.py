@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 
-from engine.link.control import ExchangeResult, Ledger
+from engine.link.control import CanaryRecord, ExchangeResult, Ledger
 from engine.link.tokens import Output
 from engine.worker.drain import DrainCounts
 from engine.worker.errors import message_of, reason_of
 from engine.worker.order import Order
+from swap.shared_link import Turn
 
 
 class Journal:
@@ -22,10 +23,15 @@ class Journal:
         self.counts = DrainCounts()
         self.evicted_bytes = 0
         self.copied_bytes = 0
+        self.staged_bytes = 0
         self.preserved = 0
+        self.residue_bytes = 0
+        self.canary: CanaryRecord | None = None
         self.unparked_s: Callable[[], float] = lambda: 0.0
         """Time the incoming model has spent so far on bringing its KV back."""
         self._parked_bytes = 0
+        self._link_missed = False
+        self.pageable_bytes = 0
         self._link_bytes_per_s = link_bytes_per_s
         self._order = order
         self._clock = clock
@@ -47,6 +53,11 @@ class Journal:
         """Note the copy by its own time: steps that were taken behind it are not its."""
         self._phases_ms["copy_ms"] = seconds * 1000
         self.copied_bytes = size_bytes
+
+    def waited(self, turn: Turn) -> None:
+        """Note how long the copy waited for the link, and whether it went on beside others."""
+        self._phases_ms["link_wait_ms"] = turn.waited_s * 1000
+        self._link_missed = turn.missed
 
     def parked(self, size_bytes: int, seconds: float) -> None:
         """Note KV copied out to make room, by its own time."""
@@ -76,18 +87,23 @@ class Journal:
             error_reason=reason_of(failure) if failure is not None else "",
             error=message_of(failure) if failure is not None else "",
             rolled_back=failure is not None,
+            canary=self.canary if failure is None else None,
             ledger=Ledger(
                 **self._phases_ms,
                 total_ms=(self._ended - self._order.arrived) * 1000,
                 first_token_ms=self._first_token_ms,
                 unpark_ms=self.unparked_s() * 1000,
                 copied_bytes=self.copied_bytes,
+                staged_bytes=self.staged_bytes,
                 evicted_bytes=self.evicted_bytes,
                 link_bytes_per_s=self._link_bytes_per_s,
+                link_missed=self._link_missed,
+                pageable_bytes=self.pageable_bytes,
                 requests_finished=self.counts.finished,
                 requests_kept=self.counts.kept,
                 requests_preserved=self.preserved,
                 parked_bytes=self._parked_bytes,
+                residue_bytes=self.residue_bytes,
                 requests_lost=self.counts.lost,
             ),
         )

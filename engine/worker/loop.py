@@ -1,9 +1,9 @@
 """The step loop: the one thread that owns every engine and every page.
 
-Owns the order of work: mail first, then the jobs (the exchange, drains), then one step of each
-engine in turn. It never touches a socket. It sleeps when nothing can be done and is woken by mail,
-by the end of a copy, or at the time a job named; it never polls. Invariant: one engine's exception
-ends that engine and nothing else.
+Owns the order of work: mail first, then the jobs (the exchange, drains), then one step of the
+engine whose turn it is. It never touches a socket. It sleeps when nothing can be done and is woken
+by mail, by the end of a copy, or at the time a job named; it never polls. Invariant: one engine's
+exception ends that engine and nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from engine.link.control import Drain, ExchangeResult, InFlight
+from engine.link.tokens import Output
 from engine.worker.copying import Waits
 from engine.worker.desk import Desk
 from engine.worker.drain import DrainCounts, drain
@@ -28,6 +29,8 @@ from engine.worker.order import Order
 from engine.worker.residency import Residency
 from engine.worker.resident import Resident
 from engine.worker.snapshot import Snapshot, take_snapshot
+from engine.worker.staging import Staging
+from engine.worker.turns import Turns
 from swap.errors import SwapError
 
 SNAPSHOT_INTERVAL_S = 0.2
@@ -42,6 +45,8 @@ Result = TypeVar("Result")
 @dataclass
 class _Job:
     steps: Waits
+    settles: bool
+    """Whether it may take an engine's KV or weights: then no step may be under way."""
     resume_at: float | None = None
 
 
@@ -71,8 +76,10 @@ class StepLoop:
         self._changed = changed
         self._crashed = crashed
         self._clock = clock
+        self._turns = Turns()
         self._jobs: list[_Job] = []
         self._exchange: Exchange | None = None
+        self._staging: Staging | None = None
         self._exchanged: ExchangeResult | None = None
         self._awaited: Exchange | None = None
         """A committed exchange whose incoming model has sent no token yet."""
@@ -124,6 +131,8 @@ class StepLoop:
             order, self._residency, self._desk, self._failpoints, self.mailbox.wake, self._clock
         )
         self._exchange, self._awaited = exchange, None
+        if self._staging is not None:
+            self._staging.pause(True)
         self._begin(self._run_exchange(exchange), order.done)
         self._tell()
 
@@ -132,14 +141,55 @@ class StepLoop:
         try:
             result = yield from exchange.run()
         except Exception as error:  # refused, and nothing was changed
-            self._exchange = None
+            self._exchanging_ended()
             self._tell()
             done.set_exception(error)
             return
-        self._exchange, self._exchanged = None, result
+        self._exchanging_ended()
+        self._exchanged = result
         if not result.error and result.ledger.first_token_ms is None:
             self._awaited = exchange
         # Told first: whoever hears of the end and then asks must find it ended.
+        self._tell()
+        done.set_result(result)
+
+    def _exchanging_ended(self) -> None:
+        self._exchange = None
+        if self._staging is not None:
+            self._staging.pause(False)
+
+    def stage(self, order: Order, displace: bool, bytes_max: int = 0) -> None:
+        """Begin to stage `order.request.incoming`; the outcome goes to `order.done`. One at a
+        time."""
+        if self._staging is not None:
+            operation = self._staging.order.request.operation
+            order.done.set_exception(
+                OperationInProgress(
+                    f"{operation} is staging a model; wait for it", operation=operation
+                )
+            )
+            return
+        staging = Staging(
+            order,
+            self._residency,
+            self.mailbox.wake,
+            displace=displace,
+            bytes_max=bytes_max,
+            failpoints=self._failpoints,
+        )
+        staging.pause(self._exchange is not None)
+        self._staging = staging
+        self._begin(self._run_staging(staging), order.done, settles=False)
+
+    def _run_staging(self, staging: Staging) -> Waits:
+        done = staging.order.done
+        try:
+            result = yield from staging.run()
+        except Exception as error:  # refused, and nothing was changed
+            self._staging = None
+            done.set_exception(error)
+            return
+        self._staging = None
         self._tell()
         done.set_result(result)
 
@@ -182,11 +232,11 @@ class StepLoop:
         self._stopped = True
         done.set_result(None)
 
-    def _begin(self, steps: Waits, done: Future[Result]) -> None:
+    def _begin(self, steps: Waits, done: Future[Result], *, settles: bool = True) -> None:
         if len(self._jobs) >= JOBS_MAX:
             done.set_exception(OperationInProgress(f"{JOBS_MAX} calls are under way; wait"))
             return
-        self._jobs.append(_Job(_reporting(steps, done)))
+        self._jobs.append(_Job(_reporting(steps, done), settles))
 
     # The thread.
 
@@ -201,7 +251,7 @@ class StepLoop:
                     mail()
                 self._resume_jobs()
                 self._desk.flush()
-                busy = self._step_engines()
+                busy = self._step_one()
             self._tell()
         except BaseException as error:
             log.critical("the step loop ended by a bug", exc_info=error)
@@ -212,6 +262,9 @@ class StepLoop:
         return max(0.0, min(times) - self._clock()) if times else None
 
     def _resume_jobs(self) -> None:
+        if any(job.settles for job in self._jobs):
+            for resident in list(self._residency.residents.values()):
+                self._send_from(resident, resident.engine.settle)
         for job in list(self._jobs):
             try:
                 job.resume_at = next(job.steps)
@@ -228,24 +281,33 @@ class StepLoop:
 
     # Stepping.
 
-    def _step_engines(self) -> bool:
-        """One step of every engine that can; whether there was any."""
-        stepped = False
+    def _step_one(self) -> bool:
+        """A step of the engine whose turn it is; whether there was any."""
         ready = [one for one in self._residency.residents.values() if one.can_step]
-        for resident in ready:
-            if not self._desk.open:
-                return False
-            # An engine that is still being copied blocks the loop at its first missing layer, which
-            # is what brings its first token early, but must not hold up others that have work.
-            if resident.landing and len(ready) > 1:
-                continue
-            self._step(resident)
-            stepped = True
-        return stepped
+        if not ready or not self._desk.open:
+            return False
+        # An engine that is still being copied blocks the loop at its first missing layer, which
+        # is what brings its first token early, but must not hold up others that have work.
+        landed = {one.model: one for one in ready if not one.landing}
+        if not landed and len(ready) > 1:
+            return False
+        if not landed:
+            # What it waits for its weights is no time that it owes others.
+            self._step(ready[0])
+            return True
+        resident = landed[self._turns.choose(landed)]
+        started = self._clock()
+        self._step(resident)
+        self._turns.count(resident.model, self._clock() - started, resident.spec.weight)
+        return True
 
     def _step(self, resident: Resident) -> None:
+        self._send_from(resident, resident.engine.step)
+
+    def _send_from(self, resident: Resident, source: Callable[[], list[Output]]) -> None:
+        """Send what an engine has to say; its exception ends that engine alone."""
         try:
-            outputs = resident.engine.step()
+            outputs = source()
         except Exception as error:
             log.exception("a step of %s failed", resident.model)
             if resident.unverified and self._exchange is not None:
@@ -262,7 +324,8 @@ class StepLoop:
         awaited = self._awaited
         if awaited is not None and awaited.incoming is resident and awaited.journal.sent(outputs):
             self._exchanged, self._awaited = awaited.journal.result(), None
-        self._desk.deliver(outputs)
+        if outputs:
+            self._desk.deliver(outputs)
 
 
 def _reporting(steps: Waits, done: Future[Result]) -> Waits:

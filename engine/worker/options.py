@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from engine.limits import STRICT_STEP_TOKENS_MAX
 from engine.worker.errors import OptionInvalid
 from engine.worker.failpoints import FailPoint, Trigger, parse_failpoints
+from swap.shared_link import SWAP_WAIT_S_MAX
 
 HOST_PAGE_BYTES = 2 << 20
 CUDA_PAGE_BYTES = 64 << 20
@@ -39,13 +41,25 @@ class Options:
     """UUID of the GPU, or of its MIG instance; empty: the first that is visible."""
     workspace_bytes: int = 0
     """Part of `memory_bytes` that is left to the CUDA context and to what steps compute in."""
+    keep_mappings: bool = True
+    """On a GPU, leave pages mapped where they were, so that a model's return maps nothing."""
     threads: int = 1
     link_bytes_per_s: float | None = None
     """Throttle of the link; None: as fast as it goes."""
+    link: str = ""
+    """Name of the link, where other workers share it; empty: nobody does."""
+    link_wait_s: float = SWAP_WAIT_S_MAX
+    """How long a swap waits for its turn at a shared link before it copies beside others."""
     step_tokens: int = STEP_TOKENS
     """Tokens of prompts and decodes that one engine step computes at most."""
+    prefix_cache: bool = True
+    """Whether KV of prompts is kept for others that begin with the same tokens."""
+    strict: bool = False
+    """Whether results are the same bit for bit whatever else is in a batch."""
     parking_bytes: int = PARKING_BYTES
     """Host memory that KV of paused requests is parked in at most; 0 has it computed again."""
+    must_be_pinned: bool = False
+    """Refuse images that the system does not let be pinned, instead of copying them slowly."""
     stage_timeout_s: float = 30.0
     """Longest that one stage of an exchange may take, draining apart."""
     failpoints: Mapping[FailPoint, Trigger] = field(default_factory=dict)
@@ -58,6 +72,11 @@ class Options:
     @property
     def directory(self) -> Path:
         return self.runtime_dir / "workers" / self.partition
+
+    @property
+    def link_file(self) -> Path:
+        """Where turns at the link are taken."""
+        return self.runtime_dir / "links" / self.link
 
     @property
     def control_socket(self) -> Path:
@@ -77,12 +96,18 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument("--device", choices=["host", "cuda"], default="host")
     parser.add_argument("--gpu", default="")
     parser.add_argument("--workspace-bytes", type=int)
+    parser.add_argument("--keep-mappings", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--memory-bytes", type=int, required=True)
     parser.add_argument("--page-bytes", type=int)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--link-bytes-per-s", type=float)
+    parser.add_argument("--link", default="")
+    parser.add_argument("--link-wait-s", type=float, default=SWAP_WAIT_S_MAX)
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
+    parser.add_argument("--prefix-cache", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--strict", action="store_true")
     parser.add_argument("--parking-bytes", type=int, default=PARKING_BYTES)
+    parser.add_argument("--must-be-pinned", action="store_true")
     parser.add_argument("--stage-timeout-s", type=float, default=30.0)
     parser.add_argument("--failpoints", type=parse_failpoints, default={}, help=argparse.SUPPRESS)
     values = vars(parser.parse_args(arguments))
@@ -97,8 +122,11 @@ def parse_options(arguments: Sequence[str]) -> Options:
 
 
 def _check(options: Options) -> None:
-    if not options.partition or "/" in options.partition or options.partition.startswith("."):
+    # An instance is named below its GPU: gpu0/3g.71gb@4.
+    if any(not part or part.startswith(".") for part in options.partition.split("/")):
         raise OptionInvalid(f"--partition {options.partition!r} is no name of a directory")
+    if "/" in options.link or options.link.startswith("."):
+        raise OptionInvalid(f"--link {options.link!r} is no name of a file")
     for path in (options.control_socket, options.tokens_socket):
         if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
             raise OptionInvalid(
@@ -111,6 +139,7 @@ def _check(options: Options) -> None:
         ("workspace-bytes", options.workspace_bytes, 0),
         ("memory-bytes", options.memory_bytes, options.page_bytes + options.workspace_bytes),
         ("threads", options.threads, 1),
+        ("link-wait-s", options.link_wait_s, 0),
         ("step-tokens", options.step_tokens, 1),
         ("parking-bytes", options.parking_bytes, 0),
         ("stage-timeout-s", options.stage_timeout_s, 0.001),
@@ -121,6 +150,11 @@ def _check(options: Options) -> None:
     if options.page_bytes % HOST_PAGE_BYTES:
         raise OptionInvalid(
             f"--page-bytes is {options.page_bytes}; it must be a multiple of {HOST_PAGE_BYTES}"
+        )
+    if options.strict and options.step_tokens > STRICT_STEP_TOKENS_MAX:
+        raise OptionInvalid(
+            f"--step-tokens is {options.step_tokens}; with --strict it must be at most "
+            f"{STRICT_STEP_TOKENS_MAX}"
         )
     if options.device == "cuda" and options.link_bytes_per_s is not None:
         raise OptionInvalid("--link-bytes-per-s throttles the host device's link, not a GPU's")

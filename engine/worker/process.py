@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from engine.graphs import CudaGraphs
 from engine.worker.calls import Calls
 from engine.worker.control_side import ControlSide
 from engine.worker.desk import Desk
@@ -23,12 +25,14 @@ from engine.worker.listener import Listeners
 from engine.worker.loop import StepLoop
 from engine.worker.options import Options
 from engine.worker.residency import Residency
+from engine.worker.residue import check_reserve, process_bytes
 from engine.worker.token_side import TokenSide
 from swap.arena import PagePool
 from swap.cuda_device import CudaDevice
 from swap.device import DeviceMemory
 from swap.errors import SwapError
 from swap.host_device import HostDevice
+from swap.shared_link import Link, OwnLink, SharedLink
 from swap.transfer import measure_link
 
 MEASURE_BYTES = 64 << 20
@@ -39,14 +43,16 @@ EXIT_CRASHED = 70
 log = logging.getLogger(__name__)
 
 
-async def serve(options: Options) -> int:
+async def serve(options: Options, opened: Callable[[Options], DeviceMemory] | None = None) -> int:
     """Run a worker until it is told to end; returns the process's exit status.
+
+    `opened` gives other memory than the options name: a device over a fake driver.
 
     Raises PartitionTaken, or DeviceError when there is not as much memory.
     """
     torch.set_num_threads(options.threads)
     listeners = Listeners(options.directory)
-    pool = PagePool(open_device(options))
+    pool = PagePool((opened or open_device)(options))
     worker = _Worker(options, pool)
     try:
         listeners.listen(options.control_socket, worker.control.connected)
@@ -71,12 +77,24 @@ def open_device(options: Options) -> DeviceMemory:
             page_bytes=options.page_bytes,
             link_bytes_per_s=options.link_bytes_per_s,
         )
-    device = CudaDevice(options.pool_bytes, page_bytes=options.page_bytes)
+    device = CudaDevice(
+        options.pool_bytes, page_bytes=options.page_bytes, keep_mappings=options.keep_mappings
+    )
     torch.cuda.init()  # type: ignore[no-untyped-call]
     # What torch allocates for itself must not grow into other partitions' memory on the same GPU.
     total_bytes = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, options.workspace_bytes / total_bytes))
     return device
+
+
+def open_link(options: Options) -> Link:
+    """The link that the options name, shared with every worker that was given the same name."""
+    if not options.link:
+        return OwnLink()
+    options.link_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # The wait is part of the copying stage, whose deadline must leave time for the copy.
+    wait_s = min(options.link_wait_s, options.stage_timeout_s / 2)
+    return SharedLink(options.link_file, swap_wait_s=wait_s)
 
 
 class _Worker:
@@ -85,6 +103,7 @@ class _Worker:
     def __init__(self, options: Options, pool: PagePool) -> None:
         self._events = asyncio.get_running_loop()
         self._pool = pool
+        self._workspace_bytes = options.workspace_bytes
         self._ended = asyncio.Event()
         self._status = 0
         self.control = ControlSide()
@@ -92,9 +111,20 @@ class _Worker:
             send=lambda link, step: self._later(self.tokens.send, link, step),
             drop=lambda link: self._later(self.tokens.drop, link),
         )
-        self.residency = Residency(pool, desk, options.step_tokens, options.parking_bytes)
+        link = open_link(options)
+        self.residency = Residency(
+            pool,
+            desk,
+            options.step_tokens,
+            options.parking_bytes,
+            link,
+            graphs=CudaGraphs() if pool.device.kind == "cuda" else None,
+            prefix_cache=options.prefix_cache,
+            strict=options.strict,
+        )
+        self.residency.area.open()
         self.residency.link_bytes_per_s = options.link_bytes_per_s or measure_link(
-            pool, min(MEASURE_BYTES, options.pool_bytes)
+            pool, min(MEASURE_BYTES, options.pool_bytes), link
         )
         self.loop = StepLoop(
             self.residency,
@@ -156,12 +186,17 @@ class _Worker:
         self._ended.set()
 
     def _prefault(self) -> None:
-        """Make every page present in the background, so that no swap pays for it."""
+        """Make all memory present and pinned in the background, so that no swap pays for it."""
         try:
+            if self._pool.device.kind == "cuda":
+                self.residency.area.pin(self._pool.device)
             for page in range(self._pool.total_pages):
                 if self._stopping.is_set():
                     return
                 self._pool.device.prefault((page,))
+            if self._pool.device.kind == "cuda":
+                pages_bytes = self._pool.total_pages * self._pool.page_bytes
+                check_reserve(process_bytes(os.getpid()), pages_bytes, self._workspace_bytes)
         except SwapError as error:
             # An exchange that needs the page will say the same, and be rolled back.
             log.error("the partition's memory is not all there: %s", error)

@@ -1,18 +1,20 @@
-"""Which images and models are on this worker, and who has its pages.
+"""Which images and models are on this worker.
 
 Owns the table of attached images and the table of residents, and the few changes that concern
-more than one of them. It never orders those changes; the exchange does. Invariants: a resident's
-image is attached; a model that FAILED has nothing on the device; pages held back belong to nobody.
+more than one of them; whose pages go to whom is `room`'s. It never orders those changes; the
+exchange does. Invariants: a resident's image is attached; a model that FAILED has nothing on the
+device.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
+from engine.graphs import Graphs
 from engine.link.control import EngineSpec, EngineStatus, Exchange
 from engine.link.tokens import Finish, Submit
-from engine.parking import Vacating
 from engine.worker.desk import Desk
 from engine.worker.errors import (
     ImageInUse,
@@ -23,32 +25,48 @@ from engine.worker.errors import (
     message_of,
 )
 from engine.worker.images import Image
-from engine.worker.resident import Resident, kv_pages_min
+from engine.worker.resident import Resident
+from engine.worker.room import Room, fits
 from swap.arena import PagePool
+from swap.image import Manifest
 from swap.parking import ParkingArea
-from swap.plan import IncomingModel, Partition, ResidentModel, plan_swap
+from swap.plan import SwapPlan
+from swap.shared_link import Link, OwnLink
 
 log = logging.getLogger(__name__)
-
-HELD_BACK = "held back for a rollback"
 
 
 class Residency:
     """Images and residents of one worker. On the step thread only."""
 
     def __init__(
-        self, pool: PagePool, desk: Desk, step_tokens: int, parking_bytes: int = 0
+        self,
+        pool: PagePool,
+        desk: Desk,
+        step_tokens: int,
+        parking_bytes: int = 0,
+        link: Link | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        graphs: Graphs | None = None,
+        *,
+        prefix_cache: bool = True,
+        strict: bool = False,
     ) -> None:
         self.pool = pool
+        self.clock = clock
         self.area = ParkingArea(parking_bytes)
         self.images: dict[str, Image] = {}
         self.residents: dict[str, Resident] = {}
+        self.room = Room(pool, self.residents)
         self.closing = False
         """The worker ends: no request is taken any more."""
+        self.link: Link = link if link is not None else OwnLink()
         self.link_bytes_per_s = 0.0
         self._desk = desk
         self._step_tokens = step_tokens
-        self._held_back: tuple[int, ...] = ()
+        self._graphs = graphs
+        self._prefix_cache = prefix_cache
+        self._strict = strict
 
     # Requests.
 
@@ -104,8 +122,13 @@ class Residency:
 
         Raises ImageInUse while one of them is on the device, or expected there.
         """
+        image = self.images.get(digest)
+        if image is not None and image.being_read:
+            raise ImageInUse(f"image {digest[:12]} is being checked: try again", digest=digest)
         users = [one for one in self.residents.values() if one.image.digest == digest]
         for resident in users:
+            if resident.spare and not resident.claimed:
+                resident.evict()
             on_device = resident.status not in (EngineStatus.STANDBY, EngineStatus.FAILED)
             if on_device or resident.expected or resident.claimed:
                 raise ImageInUse(
@@ -116,6 +139,10 @@ class Residency:
         for resident in users:
             self.discard(resident)
         return self.images.pop(digest, None)
+
+    def linked(self, link_bytes_per_s: float) -> None:
+        """The partition's link was measured."""
+        self.link_bytes_per_s = link_bytes_per_s
 
     # Exchanges.
 
@@ -128,7 +155,6 @@ class Residency:
         if self.closing:
             raise OperationInProgress("the worker is ending")
         outgoing = [self._outgoing(model, request.discard) for model in request.outgoing]
-        incoming: IncomingModel | None = None
         if request.incoming is not None:
             present = self.residents.get(request.incoming.model)
             if present is not None:
@@ -137,102 +163,53 @@ class Residency:
                 raise InvalidState(f"{present.model} is ACTIVE here already", model=present.model)
             if request.incoming.model in request.outgoing:
                 raise InvalidState(f"{request.incoming.model} cannot replace itself")
-            image = self._image(request.incoming)
-            # What is STAGED has its pages already.
-            if present is None or present.status in (EngineStatus.STANDBY, EngineStatus.FAILED):
-                pages = kv_pages_min(request.incoming, image.manifest, self.pool.page_bytes)
-                incoming = IncomingModel(
-                    model=request.incoming.model,
-                    weights_bytes=image.manifest.weights_bytes,
-                    kv_bytes_min=pages * self.pool.page_bytes,
-                )
-        plan_swap(
-            Partition(
-                page_bytes=self.pool.page_bytes,
-                pages_total=self.pool.total_pages,
-                pages_free=self.pool.free_pages + self._spare_pages(outgoing),
-                link_bytes_per_s=max(self.link_bytes_per_s, 1.0),
-            ),
-            tuple(
-                ResidentModel(one.model, one.weights_bytes, one.pages)
-                for one in self.residents.values()
-                if one in outgoing or one.pages > one.pages_spare
-            ),
-            outgoing=tuple(one.model for one in outgoing),
-            incoming=incoming,
-        )
+            if present is not None and present.spare:
+                present.settle()
+                if not fits(present, request.incoming):
+                    present.evict()
+        self.plan(request, outgoing)
         return outgoing
+
+    def plan(self, request: Exchange, outgoing: Sequence[Resident]) -> SwapPlan:
+        """Whose weights leave the device for an exchange (see `Room.plan`). Raises ImageUnknown."""
+        spec = request.incoming
+        manifest = self.manifest(spec) if spec is not None else None
+        return self.room.plan(request, outgoing, manifest)
+
+    def manifest(self, spec: EngineSpec) -> Manifest:
+        """What the image of a spec holds. Raises ImageUnknown."""
+        return self._image(spec).manifest
 
     def expect(self, spec: EngineSpec) -> Resident:
         """The resident that will come in, made if there is none like that; it takes requests."""
+        resident = self.make(spec)
+        resident.expected = True
+        return resident
+
+    def make(self, spec: EngineSpec) -> Resident:
+        """The resident of a spec; one that is otherwise, or FAILED, is dropped first."""
         resident = self.residents.get(spec.model)
-        if resident is not None and (
-            resident.spec != spec or resident.status is EngineStatus.FAILED
-        ):
+        if resident is not None and not fits(resident, spec):
+            if resident.spare:
+                resident.evict()
             self.discard(resident)
             resident = None
         if resident is None:
             resident = Resident(
-                spec, self._image(spec), self.pool, self._step_tokens, self.area, self.reclaim
+                spec,
+                self._image(spec),
+                self.pool,
+                self._step_tokens,
+                self.area,
+                self.room.reclaim,
+                self.room.mapper,
+                self._graphs,
+                prefix_cache=self._prefix_cache,
+                strict=self._strict,
             )
             self.residents[spec.model] = resident
-        resident.expected = True
+        resident.spec = spec
         return resident
-
-    # Pages of paused engines.
-
-    def vacate(
-        self, pages: int, incoming: Resident, outgoing: Sequence[Resident]
-    ) -> list[tuple[Resident, Vacating]]:
-        """Begin to free `pages` KV pages of paused engines for `incoming`: of those whose turn is
-        over, then of those that leave, and its own beyond what it needs itself."""
-        others = [one for one in self._paused() if one is not incoming and one not in outgoing]
-        begun = []
-        for resident in (*others, *outgoing, incoming):
-            spare = resident.pages_spare
-            if resident is incoming:
-                spare -= resident.kv_pages_min
-            if pages > 0 and spare > 0:
-                begun.append((resident, resident.vacate(min(pages, spare))))
-                pages -= spare
-        return begun
-
-    def reclaim(self, pages: int) -> None:
-        """Free up to `pages` KV pages of paused engines at once, for one that serves.
-
-        What a call works on is left alone: its pages are part of that call's account.
-        """
-        for resident in self._paused():
-            count = min(pages, resident.pages_spare)
-            if count > 0 and not resident.claimed:
-                vacating = resident.vacate(count)
-                vacating.copy(lambda: None)
-                vacating.release()
-                pages -= count
-
-    def make_room(self, resident: Resident) -> None:
-        """Free what paused engines keep of the pages that a model on its way back needs."""
-        missing = resident.pages_missing - self.pool.free_pages
-        for other in self._paused():
-            count = min(missing, other.pages_spare)
-            if count > 0 and other is not resident:
-                vacating = other.vacate(count)
-                vacating.copy(lambda: None)
-                vacating.release()
-                missing = resident.pages_missing - self.pool.free_pages
-
-    def _paused(self) -> list[Resident]:
-        return [one for one in self.residents.values() if one.pages_spare]
-
-    def _spare_pages(self, outgoing: Sequence[Resident]) -> int:
-        """Pages that are as good as free, besides those of models that leave."""
-        return sum(one.pages_spare for one in self._paused() if one not in outgoing)
-
-    def hold_back(self, pages: int) -> None:
-        """Keep pages out of everybody's reach: as many as given, 0 for none."""
-        self.pool.give_back(HELD_BACK, self._held_back)
-        self._held_back = ()
-        self._held_back = self.pool.take(HELD_BACK, max(pages, 0))
 
     def turn_away(
         self, resident: Resident, error: Exception, *, evict: bool, keep_kv: bool, damaged: bool
@@ -258,26 +235,31 @@ class Residency:
         return lost
 
     def fail(self, resident: Resident, error: Exception) -> None:
-        """Give an engine up: its requests end with the error, and its pages are given back."""
+        """Give an engine up: its requests end with the error, and its pages are given back.
+
+        Those with no token sent can be sent again, once the model is loaded again; they are not
+        handed back, since one of them may be what the engine failed by.
+        """
         if resident.status is not EngineStatus.FAILED:
             reason = message_of(error)
             resident.give_up(reason)
             for number in self._desk.of_model(resident.model):
-                self._desk.end(number, Finish.ERROR, f"{resident.model} failed: {reason}")
+                finish = Finish.ERROR if self._desk.told(number) else Finish.ABORT
+                self._desk.end(number, finish, f"{resident.model} failed: {reason}")
 
     def to_drain(self, model: str) -> Resident:
         """The resident a drain is to work on. Raises ModelUnknown or InvalidState."""
         resident = self._unclaimed(model)
-        if resident.status not in (EngineStatus.ACTIVE, EngineStatus.STAGED):
+        if resident.spare or resident.status not in (EngineStatus.ACTIVE, EngineStatus.STAGED):
             raise InvalidState(f"{model} is {resident.status} and has nothing to drain")
         return resident
 
     def resume(self, model: str) -> None:
         """Let a drained model serve again. Raises ModelUnknown or InvalidState."""
         resident = self._unclaimed(model)
-        if resident.status not in (EngineStatus.ACTIVE, EngineStatus.STAGED):
+        if resident.spare or resident.status not in (EngineStatus.ACTIVE, EngineStatus.STAGED):
             raise InvalidState(
-                f"{model} is {resident.status}; only a STAGED model can be resumed: load it"
+                f"{model} is {resident.status}; only a drained model can be resumed: load it"
             )
         self._desk.deliver(resident.serve())
 

@@ -8,33 +8,32 @@ there or landing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
-from engine.device_tensors import bytes_at
+from engine.canary import Continuation, runtime_of
 from engine.engine import Engine
-from engine.kv_layout import KvLayout
-from engine.limits import EngineLimits
-from engine.link.control import EngineSpec, EngineState, EngineStatus
+from engine.graphs import Graphs
+from engine.link.control import CANARY_TOKENS, EngineSpec, EngineState, EngineStatus
 from engine.link.tokens import Output, Submit
 from engine.models.spec import ModelSpec
 from engine.parking import KvLane, Vacating
-from engine.worker.errors import OptionInvalid
 from engine.worker.images import Image
 from engine.worker.kv import FlooredKvSpace
+from engine.worker.mapper import Mapper
+from engine.worker.measures import kv_pages_min, limits_of
 from engine.worker.status import advance
+from engine.worker.weights import ResidentWeights
 from swap.arena import PagePool, Region
-from swap.image import Manifest
 from swap.parking import ParkingArea
-from swap.transfer import Transfer
+from swap.shared_link import Turn
+from swap.transfer import Reached, Transfer
 
 
 class Resident:
     """A model that has, or had, or is about to have its weights on the device.
 
-    `area` is where KV can be parked, `reclaim` what frees pages when its KV wants to grow. Raises
-    what the engine refuses the image or the limits with; holds nothing then.
+    `area` is where KV can be parked, `reclaim(pages)` what frees pages when its KV wants to grow.
+    Raises what the engine refuses the image or the limits with; holds nothing then.
     """
 
     def __init__(
@@ -45,6 +44,11 @@ class Resident:
         step_tokens: int,
         area: ParkingArea,
         reclaim: Callable[[int], None] | None = None,
+        mapper: Mapper | None = None,
+        graphs: Graphs | None = None,
+        *,
+        prefix_cache: bool = True,
+        strict: bool = False,
     ) -> None:
         self.spec = spec
         self.image = image
@@ -53,6 +57,10 @@ class Resident:
         """A drain works on it, so that an exchange must not."""
         self.expected = False
         """An exchange is bringing it in: requests are taken, and wait."""
+        self.spare = False
+        """Its pages hold weights, or are filled with them, only until somebody needs the pages."""
+        self.used_at = 0.0
+        """When it was last ACTIVE or staged; of spare models the oldest goes first."""
         self.served = False
         """Whether it was ever ACTIVE."""
         self.reason = ""
@@ -61,21 +69,22 @@ class Resident:
         """Outputs computed behind a copy that is not verified yet."""
         self._pool = pool
         manifest = image.manifest
-        limits = _limits(spec, step_tokens)
+        limits = limits_of(spec, step_tokens, prefix_cache=prefix_cache, strict=strict)
         shape = ModelSpec.from_dict(manifest.model)
         self.kv_pages_min = kv_pages_min(spec, manifest, pool.page_bytes)
-        self._weights = Region(pool, f"{spec.model} weights", manifest.weights_bytes)
-        self._kv = Region(pool, f"{spec.model} KV", pool.total_pages * pool.page_bytes)
+        self.weights = ResidentWeights(spec.model, image, pool)
+        kv_bytes_max = pool.total_pages * pool.page_bytes
+        self._kv = Region(pool, f"{spec.model} KV", kv_bytes_max, from_end=True)
         try:
-            self._space = FlooredKvSpace(self._kv, reclaim)
-            self._tensors = weight_views(manifest, self._weights)
-            self.engine = Engine(shape, None, self._space, limits, dtype=manifest.dtype)
+            self._space = FlooredKvSpace(self._kv, reclaim, mapper)
+            self.engine = Engine(
+                shape, None, self._space, limits, dtype=manifest.dtype, graphs=graphs
+            )
         except BaseException:
-            self._weights.release()
+            self.weights.release()
             self._kv.release()
             raise
         self._lane = KvLane(pool.device, area, self.engine.layout, self._kv.address)
-        self._transfer: Transfer | None = None
         self._backed = False
         """Whether it has every page it needs to serve."""
 
@@ -84,36 +93,56 @@ class Resident:
         return self.spec.model
 
     @property
-    def address(self) -> int:
-        """Where its weights are, or will be."""
-        return self._weights.address
-
-    @property
-    def weights_bytes(self) -> int:
-        return self.image.manifest.weights_bytes
-
-    @property
     def pages(self) -> int:
         """Pages it has now."""
-        return self._weights.mapped_pages + self._kv.mapped_pages
+        return self.weights.pages + self._kv.mapped_pages
 
     @property
     def pages_min(self) -> int:
         """Pages it needs to serve."""
-        return self._weights.pages_max + self.kv_pages_min
+        return self.weights.pages_max + self.kv_pages_min
 
     @property
     def pages_missing(self) -> int:
         """Pages it would have to take now in order to serve."""
-        weights = self._weights.pages_max - self._weights.mapped_pages
-        return weights + max(0, self.kv_pages_min - self._kv.mapped_pages)
+        return self.weights.pages_missing + max(0, self.kv_pages_min - self._kv.mapped_pages)
 
     @property
-    def pages_spare(self) -> int:
+    def pages_unused(self) -> int:
+        """KV pages that no request needs and nobody was promised: as good as free."""
+        if self.status is EngineStatus.FAILED:
+            return 0
+        return self._space.unused(self.engine.pages_held)
+
+    def map_ahead(self) -> None:
+        """Have KV pages mapped in the background, if it serves and no exchange runs."""
+        self._space.map_ahead()
+
+    def release_unused(self) -> int:
+        """Give up KV pages with nothing in them; returns how many."""
+        if self.status is EngineStatus.FAILED or self._space.growing:
+            return 0
+        self.engine.trim()
+        return self._space.release_unused()
+
+    def release_cached(self, pages: int) -> int:
+        """Give up at most `pages` KV pages in which only prefixes are cached; returns how many."""
+        if self.status is EngineStatus.FAILED or self._space.growing:
+            return 0
+        self.engine.trim_cached(pages)
+        return self._space.release_unused()
+
+    @property
+    def pages_kept(self) -> int:
         """KV pages that it keeps for paused requests only, and gives up when they are needed."""
         if self.status is EngineStatus.FAILED or not self.engine.paused:
             return 0
         return self._space.beyond_floor
+
+    @property
+    def needs_pages(self) -> bool:
+        """Whether it has not all pages with which it could serve: STANDBY, FAILED, or spare."""
+        return self.spare or self.status in (EngineStatus.STANDBY, EngineStatus.FAILED)
 
     def move(self, status: EngineStatus) -> None:
         """Change the status. Raises InvalidState for a change that does not exist."""
@@ -132,7 +161,8 @@ class Resident:
         return self.engine.waiting >= self.engine.limits.waiting_requests_max
 
     def submit(self, request: Submit) -> None:
-        self.engine.submit(request.request, request.prompt, request.sampling, request.priority)
+        number, salt = request.request, request.cache_salt
+        self.engine.submit(number, request.prompt, request.sampling, request.priority, salt)
 
     def cancel(self, number: int) -> None:
         """Forget a request, and what is held back of it."""
@@ -144,17 +174,20 @@ class Resident:
     @property
     def unverified(self) -> bool:
         """Whether outputs must be held back."""
-        return self._transfer is not None
+        return self.weights.transfer is not None
 
     @property
     def landing(self) -> bool:
         """Whether a step may have to wait for weights."""
-        return self._transfer is not None and not self._transfer.complete
+        return self.weights.landing
 
     @property
     def can_step(self) -> bool:
         """Whether a step would do something that may be done now."""
         able = self.status is not EngineStatus.FAILED and not self.engine.paused
+        # A step waits for the weights, which holds up the step thread: not for the link's too.
+        transfer = self.weights.transfer
+        able = able and (transfer is None or not transfer.turn.waiting)
         return able and self._backed and not self.held and self.engine.has_work
 
     # Pages and weights.
@@ -162,32 +195,62 @@ class Resident:
     def map(self) -> int:
         """Take all pages it needs to serve; returns how many it has.
 
-        Raises InsufficientDeviceMemory, and has none then.
+        Raises InsufficientDeviceMemory, and has then what it had before.
         """
+        missing = self.weights.pages_missing
+        self.weights.grow(missing)
         try:
-            self._weights.grow(self._weights.pages_max - self._weights.mapped_pages)
             self._space.set_floor(self.kv_pages_min)
         except BaseException:
-            self._weights.shrink(self._weights.mapped_pages)
+            self.weights.shrink(missing)
             raise
-        self._backed = True
+        self._backed, self.spare = True, False
         return self.pages
+
+    def map_weights(self, pages: int) -> None:
+        """Have so many pages more for its weights, as a spare model. Raises
+        InsufficientDeviceMemory."""
+        self.weights.grow(pages)
+        self.spare = True
 
     def map_more(self) -> bool:
         """Take what is free of the pages it needs; whether it has all. It must not step before."""
         free = self._pool.free_pages
-        weights = min(free, self._weights.pages_max - self._weights.mapped_pages)
-        self._weights.grow(weights)
-        if self._transfer is not None:
-            self._transfer.backed(self._weights.mapped_bytes)
+        weights = min(free, self.weights.pages_missing)
+        self.weights.grow(weights)
         if self.pages_missing > free - weights:
             return False
         self._space.set_floor(self.kv_pages_min)
+        self.spare = False
         return True
 
     def allow_steps(self) -> None:
         """It has its pages, and nobody works on them any more."""
         self._backed = True
+
+    def stand_by_staged(self, now: float) -> None:
+        """Pause the engine and promise its KV pages to nobody any more, what paused requests keep
+        of them included; the weights stay, as a spare model's."""
+        self.pause(keep_kv=True)
+        self._backed = False
+        self._space.set_floor(0)
+        self.spare, self.used_at = True, now
+
+    def settle(self) -> None:
+        """End staging that is under way: what has landed stays (see `ResidentWeights.settle`)."""
+        if self.spare:
+            self.weights.settle()
+            if self.weights.staged_bytes and self.status is EngineStatus.STANDBY:
+                self.move(EngineStatus.STAGED)
+
+    def give(self, pages: int) -> int:
+        """Give up to so many pages of a spare model's weights back, from the last one on; packed
+        weights go all at once. Returns bytes of weights."""
+        self.settle()
+        packed, kept = self.weights.manifest.packed, self.weights.pages - pages
+        if kept <= 0 or packed or not self.weights.staged_bytes:
+            return self.evict()
+        return self.weights.shrink(pages)
 
     def vacate(self, pages: int) -> Vacating:
         """Begin to give up KV pages of paused requests (see `Engine.vacate`): `pages` at least."""
@@ -198,55 +261,93 @@ class Resident:
         """Pause the engine and give its pages back, but for those of paused requests where these
         are kept; no byte is copied. Returns bytes of weights.
 
-        Nothing may be copying into its pages. One that FAILED has none.
+        Staging that is under way is given up first, which takes one copy call at most; nothing else
+        may be copying into its pages. One that FAILED has none.
         """
         if self.status is EngineStatus.FAILED:
             return 0
+        self.settle()
         self.pause(keep_kv=keep_kv)
-        self._backed = False
-        had = self._weights.mapped_pages > 0
-        self._weights.shrink(self._weights.mapped_pages)
+        self._backed = self.spare = False
+        had_bytes = self.weights.shrink(self.weights.pages)
         self._space.set_floor(0)
         if self.status is EngineStatus.STAGED:
             self.move(EngineStatus.STANDBY)
-        return self.weights_bytes if had else 0
+        return had_bytes
 
     def give_up(self, reason: str) -> None:
         """Become FAILED and give every page back, whatever state the engine is in."""
         self.move(EngineStatus.FAILED)
-        self.reason, self.expected, self._transfer, self.held = reason, False, None, []
+        self.reason, self.expected, self.spare, self.held = reason, False, False, []
+        self.weights.transfer = None
+        self.engine.abandon()
         self.engine.forget_parked()
-        self._weights.shrink(self._weights.mapped_pages)
+        self.weights.shrink(self.weights.pages)
+        self._space.serve(False)
         self._kv.shrink(self._kv.mapped_pages)
 
-    def load(self) -> Transfer:
-        """Begin to copy its weights in, and let it step behind them, outputs held back."""
-        transfer = Transfer(
-            self._pool.device,
-            self.image.manifest,
-            self.image.source,
-            self._weights,
-            growing=not self._backed,
+    def load(
+        self,
+        turn: Turn,
+        under_way: Callable[[], None],
+        reached: Reached = lambda place, cancelled: None,
+    ) -> Transfer:
+        """Begin to copy its weights in, at their turn, and let it step behind them, outputs held
+        back; `under_way` is called once it may.
+
+        A spare model is only staged: it does not step, and its copy gives way to others.
+        """
+        transfer = self.weights.load(
+            turn,
+            under_way,
+            reached,
+            staging=self.spare,
+            growing=not self._backed and not self.spare,
         )
-        transfer.start()
-        self._transfer = transfer
-        self.engine.resume(self._tensors, transfer.gate)
+        if not self.spare:
+            self.engine.resume(self.weights.tensors, transfer.gate)
         return transfer
+
+    def landed(self) -> None:
+        """What was copied is there, and verified if it is all of the weights."""
+        self.weights.landed()
+        if self.spare:
+            self.weights.transfer = None
+        if self.status is not EngineStatus.STAGED:
+            self.move(EngineStatus.STAGED)
 
     def pause(self, *, keep_kv: bool) -> None:
         """Stop stepping; what runs waits with the tokens it has, and with their KV if kept."""
+        self._space.serve(False)
         self.engine.pause(keep_kv=keep_kv)
-        self._transfer = None
+        self.weights.transfer = None
 
     def serve(self) -> list[Output]:
         """Become ACTIVE on verified weights; returns what was held back, to be sent now."""
         if self.status is not EngineStatus.ACTIVE:
             self.move(EngineStatus.ACTIVE)
-        self.served, self.expected, self._transfer = True, False, None
+        self.served, self.expected, self.weights.transfer = True, False, None
         if self.engine.paused:
-            self.engine.resume(self._tensors)
+            self.engine.resume(self.weights.tensors)
+        self.engine.open_gate()
+        self._space.serve(True)
         held, self.held = self.held, []
         return held
+
+    def on_unparking(self, call: Callable[[], None]) -> None:
+        """Have `call` called before KV is copied back (see `KvLane.unparking`)."""
+        self._lane.unparking = call
+
+    def canary(self, prompt: Sequence[int]) -> Iterator[int | None]:
+        """The canary's tokens, one at a time; its weights must be there."""
+        engine, tensors = self.engine, self.weights.tensors
+        return iter(Continuation(engine.spec, tensors, engine.layout.dtype, prompt, CANARY_TOKENS))
+
+    @property
+    def runtime(self) -> str:
+        """What computes here, as far as it may change a canary's tokens."""
+        device = self.weights.tensors["embedding"].device
+        return runtime_of(device, self.image.manifest.dtype)
 
     @property
     def preserved(self) -> int:
@@ -256,9 +357,10 @@ class Resident:
 
     def close(self) -> None:
         """Give everything back, addresses too. The engine must not be used afterwards."""
+        self.engine.abandon()
         self.engine.forget_parked()
-        self._tensors = {}
-        self._weights.release()
+        self.weights.tensors = {}
+        self.weights.release()
         self._kv.release()
 
     def state(self) -> EngineState:
@@ -267,13 +369,15 @@ class Resident:
         failed = self.status is EngineStatus.FAILED
         # A paused engine runs nothing: what keeps its KV waits like the rest.
         paused = figures.running if self.engine.paused else 0
+        kv_pages = self._space.needed(self.engine.pages_held)
         return EngineState(
             model=self.model,
             digest=self.image.digest,
             status=self.status,
-            weights_bytes=self.weights_bytes if self._weights.mapped_pages else 0,
+            weights_bytes=self.weights.mapped_bytes,
             kv_used_bytes=0 if failed else figures.kv_used_bytes,
-            kv_bytes=self._kv.mapped_bytes,
+            kv_bytes=0 if failed else kv_pages * self._space.page_bytes,
+            cached_bytes=0 if failed else figures.cached_bytes,
             running=0 if failed else figures.running - paused,
             waiting=0 if failed else figures.waiting + paused,
             paused=0 if failed else paused,
@@ -282,34 +386,11 @@ class Resident:
             prompt_tokens_total=figures.prompt_tokens_total,
             generation_tokens_total=figures.generation_tokens_total,
             computed_tokens_total=figures.computed_tokens_total,
+            prefix_lookup_tokens_total=figures.prefix_lookup_tokens_total,
+            prefix_hit_tokens_total=figures.prefix_hit_tokens_total,
             preemptions_total=figures.preemptions_total,
             reason=self.reason,
+            spare=self.spare,
+            staged_bytes=self.weights.staged_bytes if self.spare else 0,
+            copy_bytes=self.weights.copy_bytes if self.spare else 0,
         )
-
-
-def kv_pages_min(spec: EngineSpec, manifest: Manifest, page_bytes: int) -> int:
-    """Pages of KV that one request of the longest length takes."""
-    layout = KvLayout.choose(ModelSpec.from_dict(manifest.model), manifest.dtype, page_bytes)
-    return layout.pages_for(spec.context_tokens)
-
-
-def weight_views(manifest: Manifest, region: Region) -> dict[str, torch.Tensor]:
-    """The image's tensors in a region, by name; nothing is touched until they are used."""
-    whole = bytes_at(region.pool.device.kind, region.address, manifest.weights_bytes)
-    views: dict[str, torch.Tensor] = {}
-    for entry in manifest.tensors:
-        flat = whole[entry.offset_bytes : entry.offset_bytes + entry.size_bytes]
-        views[entry.name] = flat.view(getattr(torch, entry.dtype)).view(entry.shape)
-    return views
-
-
-def _limits(spec: EngineSpec, step_tokens: int) -> EngineLimits:
-    try:
-        return EngineLimits(
-            context_tokens=spec.context_tokens,
-            running_requests_max=spec.running_requests_max,
-            waiting_requests_max=spec.waiting_requests_max,
-            step_tokens=max(step_tokens, spec.running_requests_max),
-        )
-    except ValueError as error:
-        raise OptionInvalid(f"{spec.model} cannot be run: {error}") from error

@@ -26,7 +26,7 @@ class Snapshot:
     def outline(self) -> tuple[object, ...]:
         """What is worth telling at once when it changes; counters are told once a second."""
         engines = tuple(
-            (one.model, one.status, one.reason, one.running + one.waiting > 0)
+            (one.model, one.status, one.spare, one.reason, one.running + one.waiting > 0)
             for one in self.engines
         )
         return self.images, engines, self.exchanging, self.exchanged
@@ -37,7 +37,8 @@ def take_snapshot(
 ) -> Snapshot:
     """The present state; on the step thread only."""
     return Snapshot(
-        pages_free=residency.pool.free_pages,
+        pages_free=residency.pool.free_pages
+        + sum(one.pages_unused for one in residency.residents.values()),
         images=tuple(residency.images),
         engines=tuple(one.state() for one in residency.residents.values()),
         exchanging=exchanging,

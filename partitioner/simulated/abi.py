@@ -4,7 +4,7 @@ It owns the few ways in which NVML's functions hand values back. It knows no fun
 state. The invariant: nothing is written past what the caller said there is room for.
 
 A signature has one letter per C argument: h device handle, d handle of a device or of a MIG device,
-g GPU instance handle, m perhaps a device handle (of a function
+g GPU instance handle, c compute instance handle, m perhaps a device handle (of a function
 that is not simulated), u unsigned int, p pointer that must not be null, o pointer that may be null,
 s string.
 """
@@ -25,6 +25,7 @@ ARGUMENT_TYPES: Mapping[str, Any] = MappingProxyType(
         "h": ctypes.c_void_p,
         "d": ctypes.c_void_p,
         "g": ctypes.c_void_p,
+        "c": ctypes.c_void_p,
         "m": ctypes.c_void_p,
         "u": ctypes.c_uint,
         "p": ctypes.c_void_p,

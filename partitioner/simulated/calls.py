@@ -149,8 +149,9 @@ def _processes(node: SimulatedNode, gpu: SimulatedGpu, count: int, out: int | No
     for row, process in zip(table, gpu.processes, strict=True):
         row.pid = process.pid
         row.usedGpuMemory = process.memory_mib * MIB
-        row.gpuInstanceId = NOT_IN_A_MIG_INSTANCE
-        row.computeInstanceId = NOT_IN_A_MIG_INSTANCE
+        on = next((each.number for each in gpu.instances if str(each.place) == process.on), None)
+        row.gpuInstanceId = NOT_IN_A_MIG_INSTANCE if on is None else on
+        row.computeInstanceId = NOT_IN_A_MIG_INSTANCE if on is None else 0
 
 
 def _memory_affinity(
@@ -166,6 +167,17 @@ def _memory_affinity(
         words[index] = 0
     if gpu.numa_node < size * word_bits:
         words[gpu.numa_node // word_bits] = 1 << gpu.numa_node % word_bits
+
+
+def _common_ancestor(node: SimulatedNode, gpu: SimulatedGpu, other: SimulatedGpu, out: int) -> None:
+    if gpu is other:
+        raise Status(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+    if gpu.pcie_root is not None and gpu.pcie_root == other.pcie_root:
+        put_uint(out, pynvml.NVML_TOPOLOGY_MULTIPLE)
+    elif gpu.numa_node == other.numa_node:
+        put_uint(out, pynvml.NVML_TOPOLOGY_NODE)
+    else:
+        put_uint(out, pynvml.NVML_TOPOLOGY_SYSTEM)
 
 
 # The driver answers these without nvmlInit.
@@ -208,5 +220,6 @@ CALLS: Mapping[str, Symbol] = MappingProxyType(
         "nvmlDeviceGetMaxPcieLinkWidth": unsigned(lambda gpu: gpu.board.pcie_lanes),
         "nvmlDeviceGetCurrPcieLinkWidth": unsigned(lambda gpu: gpu.board.pcie_lanes),
         "nvmlDeviceGetMemoryAffinity": ("hupu", _memory_affinity),
+        "nvmlDeviceGetTopologyCommonAncestor": ("hhp", _common_ancestor),
     }
 )

@@ -1,8 +1,8 @@
 """What the simulated NVML functions about MIG answer: mode, profiles and instances, read only.
 
 It owns one small function per NVML symbol, and their table. It never changes the node: functions
-that would are answered with NOT_SUPPORTED, as by a driver whose board lacks them. The invariant:
-geometry comes from the board's data alone, whatever its number of slots.
+that do are in `mig_changes`. The invariant: geometry comes from the board's data alone, whatever
+its number of slots.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from partitioner.simulated.node import SimulatedGpu, SimulatedInstance, Simulate
 
 
 def _mig_mode(node: SimulatedNode, gpu: SimulatedGpu, current: int, pending: int) -> None:
-    _require_mig_board(gpu)
+    require_mig_board(gpu)
     put_uint(current, int(gpu.mig_current))
     put_uint(pending, int(gpu.mig_pending))
 
 
-def _require_mig_board(gpu: SimulatedGpu) -> None:
+def require_mig_board(gpu: SimulatedGpu) -> None:
     if not gpu.board.mig_capable:
         raise Status(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
@@ -41,13 +41,14 @@ def _require_mig_board(gpu: SimulatedGpu) -> None:
 def _mig_device_by_index(node: SimulatedNode, gpu: SimulatedGpu, index: int, out: int) -> None:
     if not gpu.mig_current:
         raise Status(pynvml.NVML_ERROR_NOT_SUPPORTED)
-    if index >= len(gpu.instances):
+    devices = [each for each in gpu.instances if each.complete]
+    if index >= len(devices):
         raise Status(pynvml.NVML_ERROR_NOT_FOUND)
-    ctypes.c_void_p.from_address(out).value = gpu.instances[index].device_handle
+    ctypes.c_void_p.from_address(out).value = devices[index].device_handle
 
 
-def _profile(gpu: SimulatedGpu, field: str, number: int, missing: int) -> MigProfile:
-    _require_mig_board(gpu)
+def profile_of(gpu: SimulatedGpu, field: str, number: int, missing: int) -> MigProfile:
+    require_mig_board(gpu)
     for profile in gpu.board.profiles:
         if getattr(profile, field) == number:
             return profile
@@ -57,7 +58,7 @@ def _profile(gpu: SimulatedGpu, field: str, number: int, missing: int) -> MigPro
 def _profile_by_enum(gpu: SimulatedGpu, number: int) -> MigProfile:
     if number >= pynvml.NVML_GPU_INSTANCE_PROFILE_COUNT:
         raise Status(pynvml.NVML_ERROR_INVALID_ARGUMENT)
-    return _profile(gpu, "enum", number, pynvml.NVML_ERROR_NOT_SUPPORTED)
+    return profile_of(gpu, "enum", number, pynvml.NVML_ERROR_NOT_SUPPORTED)
 
 
 def _fill_profile(info: Any, profile: MigProfile) -> None:
@@ -92,13 +93,13 @@ def _profile_info_v2(node: SimulatedNode, gpu: SimulatedGpu, number: int, out: i
 
 
 def _profile_info_by_id(node: SimulatedNode, gpu: SimulatedGpu, number: int, out: int) -> None:
-    _fill_named_profile(out, _profile(gpu, "id", number, pynvml.NVML_ERROR_INVALID_ARGUMENT))
+    _fill_named_profile(out, profile_of(gpu, "id", number, pynvml.NVML_ERROR_INVALID_ARGUMENT))
 
 
 def _possible_placements(
     node: SimulatedNode, gpu: SimulatedGpu, number: int, out: int | None, count: int
 ) -> None:
-    profile = _profile(gpu, "id", number, pynvml.NVML_ERROR_INVALID_ARGUMENT)
+    profile = profile_of(gpu, "id", number, pynvml.NVML_ERROR_INVALID_ARGUMENT)
     put_uint(count, len(profile.placements))
     if out is None:  # The first of the two calls asks only how many there are.
         return
@@ -116,7 +117,7 @@ def _gpu_instances(
     """Writes as many handles as there are; the caller has room for the profile's most."""
     if not gpu.mig_current:
         raise Status(pynvml.NVML_ERROR_NOT_SUPPORTED)
-    profile = _profile(gpu, "id", number, pynvml.NVML_ERROR_INVALID_ARGUMENT)
+    profile = profile_of(gpu, "id", number, pynvml.NVML_ERROR_INVALID_ARGUMENT)
     found = [each for each in gpu.instances if each.place.profile == profile.name]
     table = (ctypes.c_void_p * len(found)).from_address(out)
     for index, each in enumerate(found):
@@ -128,14 +129,14 @@ def _gpu_instance_info(
     node: SimulatedNode, held: tuple[SimulatedGpu, SimulatedInstance], out: int
 ) -> None:
     gpu, instance = held
-    profile = _profile_named(gpu, instance.place.profile)
+    profile = profile_named(gpu, instance.place.profile)
     info = pynvml.c_nvmlGpuInstanceInfo_t.from_address(out)
     ctypes.c_void_p.from_address(out).value = gpu.handle  # The first field: the parent device.
     info.id, info.profileId = instance.number, profile.id
     info.placement.start, info.placement.size = instance.place.start, instance.place.size
 
 
-def _profile_named(gpu: SimulatedGpu, name: str) -> MigProfile:
+def profile_named(gpu: SimulatedGpu, name: str) -> MigProfile:
     return next(profile for profile in gpu.board.profiles if profile.name == name)
 
 
@@ -171,7 +172,7 @@ def _attributes(node: SimulatedNode, held: Held, out: int) -> None:
     if not isinstance(held, tuple):  # Attributes are told of MIG devices only.
         raise Status(pynvml.NVML_ERROR_NOT_SUPPORTED)
     gpu, instance = held
-    profile = _profile_named(gpu, instance.place.profile)
+    profile = profile_named(gpu, instance.place.profile)
     attributes = pynvml.c_nvmlDeviceAttributes.from_address(out)
     attributes.multiprocessorCount = profile.sm_count
     attributes.sharedCopyEngineCount = profile.copy_engines

@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from partitioner.catalogue import Board
 from partitioner.errors import SimulationError
 from partitioner.geometry import MIB, Instance
-from partitioner.simulation import GpuSpec, NodeSpec, ProcessSpec
+from partitioner.simulation import NodeSpec, ProcessSpec
 
 ANY_FUNCTION = "*"
 FIRST_HANDLE = 0x5EED0000
 _FIRST_INSTANCE_HANDLE = 0x5EEE0000
-_INSTANCE_HANDLES_PER_GPU = 0x100
 
 _UUID_NAMESPACE = uuid.UUID("6f1c7d52-2b54-4a0e-9d0e-0f5a5a3c1b7e")
 _FIRST_BUS = 0x10
@@ -31,10 +30,10 @@ _BUS_STEP = 8
 
 @dataclass(frozen=True)
 class SimulatedInstance:
-    """A GPU instance with one compute instance over it, the MIG device.
+    """A GPU instance with, unless it is only half made, one compute instance: the MIG device.
 
-    `number` is what NVML calls its id; `handle` and `device_handle` are what callers hold of the
-    instance and of its MIG device.
+    `number` is what NVML calls its id. `handle`, `device_handle` and `compute_handle` are what
+    callers hold of the instance, of its MIG device and of its compute instance.
     """
 
     number: int
@@ -42,6 +41,8 @@ class SimulatedInstance:
     uuid: str
     handle: int
     device_handle: int
+    compute_handle: int
+    complete: bool = True
 
 
 @dataclass
@@ -54,6 +55,7 @@ class SimulatedGpu:
     board_key: str
     board: Board
     numa_node: int | None
+    pcie_root: int | None
     mig_current: bool
     mig_pending: bool
     processes: tuple[ProcessSpec, ...]
@@ -71,6 +73,10 @@ class SimulatedGpu:
     def used_bytes(self) -> int:
         """What processes hold, driver reserve excluded."""
         return sum(process.memory_mib for process in self.processes) * MIB
+
+    def holds(self, instance: SimulatedInstance) -> bool:
+        """Whether a process uses this instance."""
+        return any(process.on == str(instance.place) for process in self.processes)
 
     @property
     def power_mw(self) -> int:
@@ -98,6 +104,11 @@ class _ArmedFault:
     fault: Fault
     seen: int = 0
 
+    @property
+    def ahead(self) -> bool:
+        fault = self.fault
+        return fault.times is not None and self.seen < fault.after_calls + fault.times
+
     def strikes(self, function: str, gpu: SimulatedGpu | None) -> bool:
         fault = self.fault
         if fault.function not in (ANY_FUNCTION, function):
@@ -120,7 +131,12 @@ class Stall:
 class SimulatedNode:
     """A node's GPUs and what has been done to them. `sleep` is how injected latency passes."""
 
-    def __init__(self, spec: NodeSpec, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self,
+        spec: NodeSpec,
+        sleep: Callable[[float], None] = time.sleep,
+        changed: Callable[[SimulatedNode], None] = lambda node: None,
+    ) -> None:
         self.driver_version = spec.driver_version
         self.cuda_version = spec.cuda_version
         self.gpus: tuple[SimulatedGpu, ...] = tuple(
@@ -131,13 +147,20 @@ class SimulatedNode:
                 board_key=gpu.board_key,
                 board=gpu.board,
                 numa_node=gpu.numa_node,
+                pcie_root=gpu.pcie_root,
                 mig_current=gpu.mig_enabled,
                 mig_pending=gpu.mig_enabled,
                 processes=gpu.processes,
-                instances=_instances(gpu, index),
             )
             for index, gpu in enumerate(spec.gpus)
         )
+        self._next_handle = _FIRST_INSTANCE_HANDLE
+        self._changed = changed
+        for gpu, described in zip(self.gpus, spec.gpus, strict=True):
+            gpu.instances = tuple(
+                self.make_instance(gpu, number, place)
+                for number, place in enumerate(described.instances, start=1)
+            )
         # Symbols that this node's library lacks, to play an older driver.
         self.hidden_symbols: frozenset[str] = frozenset()
         self._sleep = sleep
@@ -155,10 +178,48 @@ class SimulatedNode:
         known = ", ".join(gpu.uuid for gpu in self.gpus)
         raise SimulationError(f"the simulated node has no GPU {gpu_uuid}; it has {known}")
 
+    def make_instance(
+        self, gpu: SimulatedGpu, number: int, place: Instance, complete: bool = True
+    ) -> SimulatedInstance:
+        """An instance as a value, with handles that were never given before.
+
+        The UUID follows from board, number and place: one that is made again has the old one, as
+        on real boards.
+        """
+        first, self._next_handle = self._next_handle, self._next_handle + 3
+        name = f"{gpu.board_key}/{gpu.index}/{number}/{place}"
+        return SimulatedInstance(
+            number=number,
+            place=place,
+            uuid=f"MIG-{uuid.uuid5(_UUID_NAMESPACE, name)}",
+            handle=first,
+            device_handle=first + 1,
+            compute_handle=first + 2,
+            complete=complete,
+        )
+
+    def cut(self, gpu: SimulatedGpu, instances: tuple[SimulatedInstance, ...]) -> None:
+        """Let these be the instances of a GPU from now on."""
+        gpu.instances = tuple(sorted(instances, key=lambda each: each.place))
+        self._changed(self)
+
+    def set_mig(self, gpu: SimulatedGpu, enabled: bool, at_once: bool) -> None:
+        """Let MIG mode be this from now on, or else from the next reset on."""
+        gpu.mig_pending = enabled
+        if at_once:
+            gpu.mig_current = enabled
+        self._changed(self)
+
     def inject(self, fault: Fault) -> None:
         """Arm a fault; the first armed fault that strikes a call decides its answer."""
         with self._lock:
             self._faults.append(_ArmedFault(fault))
+
+    @property
+    def faults_ahead(self) -> int:
+        """How many armed faults of a limited number of times have not struck as often yet."""
+        with self._lock:
+            return sum(each.ahead for each in self._faults)
 
     def set_latency(self, function: str, latency_s: float) -> None:
         """Make every call of `function` take this much longer; 0 takes the delay away."""
@@ -204,18 +265,3 @@ class SimulatedNode:
         if latency_s > 0:
             self._sleep(latency_s)
         return armed.fault.code if armed is not None else None
-
-
-def _instances(gpu: GpuSpec, index: int) -> tuple[SimulatedInstance, ...]:
-    """The instances that a GPU starts with, numbered from 1 in the order of their slots."""
-    first = _FIRST_INSTANCE_HANDLE + _INSTANCE_HANDLES_PER_GPU * index
-    return tuple(
-        SimulatedInstance(
-            number=number,
-            place=place,
-            uuid=f"MIG-{uuid.uuid5(_UUID_NAMESPACE, f'{gpu.board_key}/{index}/{number}/{place}')}",
-            handle=first + 2 * number,
-            device_handle=first + 2 * number + 1,
-        )
-        for number, place in enumerate(gpu.instances, start=1)
-    )

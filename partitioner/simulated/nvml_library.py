@@ -13,14 +13,16 @@ import ctypes
 import logging
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pynvml
 
-from partitioner.simulated.abi import ARGUMENT_TYPES, Held, Status
+from partitioner.simulated.abi import ARGUMENT_TYPES, Held, Status, Symbol
 from partitioner.simulated.calls import CALLS, WITHOUT_INIT
 from partitioner.simulated.mig_calls import MIG_CALLS
+from partitioner.simulated.mig_changes import MIG_CHANGES
 from partitioner.simulated.node import SimulatedGpu, SimulatedNode
 
 _LOGGER = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ _ERROR_TEXTS = {
     25: "Version mismatch between the argument and the library",
     28: "GPU not found",
 }
+TABLES: Mapping[str, Symbol] = MappingProxyType({**CALLS, **MIG_CALLS, **MIG_CHANGES})
+"""Every symbol that is simulated."""
 
 
 class SimulatedLibrary:
@@ -43,9 +47,6 @@ class SimulatedLibrary:
     def __init__(self, node: SimulatedNode) -> None:
         self.node = node
         self._by_handle = {gpu.handle: gpu for gpu in node.gpus}
-        owned = [(gpu, each) for gpu in node.gpus for each in gpu.instances]
-        self._by_instance_handle = {pair[1].handle: pair for pair in owned}
-        self._by_mig_handle = {pair[1].device_handle: pair for pair in owned}
         self._lock = threading.Lock()
         self._inits = 0
         self._functions: dict[str, Any] = {}
@@ -68,7 +69,7 @@ class SimulatedLibrary:
             count = self._shutdown if name == "nvmlShutdown" else self._init
             return _as_c_function(ctypes.c_int, (), lambda: self._answer(name, None, count))
         unsupported = ("m" if name.startswith("nvmlDevice") else "", None)
-        signature, call = CALLS.get(name) or MIG_CALLS.get(name) or unsupported
+        signature, call = TABLES.get(name) or unsupported
 
         def body(*arguments: Any) -> int:
             return self._call(name, signature, call, arguments)
@@ -89,7 +90,7 @@ class SimulatedLibrary:
         for kind, argument in zip(signature, arguments, strict=True):
             if kind in "hm":
                 argument = gpu = self._by_handle.get(argument)
-            elif kind in "dg":
+            elif kind in "dgc":
                 argument = self._held(kind, argument)
                 gpu = argument[0] if isinstance(argument, tuple) else argument
             if argument is None and kind not in "mo":
@@ -106,12 +107,23 @@ class SimulatedLibrary:
         return self._answer(name, gpu, act)
 
     def _held(self, kind: str, handle: int | None) -> Held | None:
-        """What a handle of a GPU, a MIG device (d) or a GPU instance (g) stands for."""
+        """What a handle of a GPU or MIG device (d), a GPU (g) or compute instance (c) stands for.
+
+        Looked up among the instances that exist now: a handle of one that is gone is stale.
+        """
         if handle is None:
             return None
-        if kind == "g":
-            return self._by_instance_handle.get(handle)
-        return self._by_handle.get(handle) or self._by_mig_handle.get(handle)
+        if kind == "d" and handle in self._by_handle:
+            return self._by_handle[handle]
+        for gpu in self.node.gpus:
+            for each in gpu.instances:
+                if kind == "g" and each.handle == handle:
+                    return gpu, each
+                if each.complete and handle == (
+                    each.device_handle if kind == "d" else each.compute_handle
+                ):
+                    return gpu, each
+        return None
 
     def _answer(self, name: str, gpu: SimulatedGpu | None, act: Callable[[], None]) -> int:
         """Let injected trouble pass, act, and turn the outcome into a code."""

@@ -36,6 +36,8 @@ from hotbay.watching import watch
 
 CALL_TIMEOUT_S = 10.0
 RECONNECT_S = 30.0
+# A pull is answered once the hub has said what the repository holds.
+PULL_CALL_TIMEOUT_S = 30.0
 
 InFlight = Literal["default", "drain", "preserve", "recompute", "abort"]
 
@@ -123,6 +125,20 @@ class Client:
         plan: partition_pb2.LayoutPlan = self._connection.call(self._partitions.PlanLayout, request)
         return plan
 
+    def apply_layout(
+        self, plan_id: str, *, request_id: str = "", validate_only: bool = False
+    ) -> Operation:
+        """Carry out a plan that `plan_layout` answered; the response is an ApplyLayoutResponse.
+
+        Raises Conflict (PLAN_STALE) when the GPUs have changed since.
+        """
+        request = partition_pb2.ApplyLayoutRequest(
+            plan_id=plan_id,
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        )
+        return self._connection.call(self._partitions.ApplyLayout, request)
+
     def layout(self) -> str:
         """The present layout as a file; planning that file changes nothing."""
         answer: partition_pb2.Layout = self._connection.call(
@@ -164,24 +180,93 @@ class Client:
         model: model_pb2.Model = self._connection.call(self._models.RegisterModel, request)
         return model
 
+    def pull(
+        self,
+        repository: str,
+        *,
+        revision: str = "",
+        name: str = "",
+        token_file: str = "",
+        request_id: str = "",
+        validate_only: bool = False,
+    ) -> Operation:
+        """Fetch a checkpoint from the daemon's hub and register it as `name`.
+
+        `token_file` is a file of the daemon's host.
+        """
+        request = model_pb2.PullModelRequest(
+            repository=repository,
+            revision=revision,
+            name=name,
+            token_file=token_file,
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        )
+        return self._connection.call(self._models.PullModel, request, timeout_s=PULL_CALL_TIMEOUT_S)
+
     def load(
         self,
         model: str,
         *,
         partition: str = "",
         standby: bool = False,
+        queue: bool = False,
+        canary: str = "",
+        forget_canary: bool = False,
         request_id: str = "",
         validate_only: bool = False,
     ) -> Operation:
-        """Make a model ACTIVE where it fits, else leave it STANDBY; `standby` stops there."""
+        """Make a model ACTIVE where it fits, else leave it STANDBY; `standby` stops there.
+
+        With `queue` it stands in line behind what changes the partition or the model now. With
+        `canary`, a short text, the model must answer that in the same way whenever it comes in.
+        """
         request = model_pb2.LoadModelRequest(
             model=model,
             partition=partition,
             standby=standby,
+            queue=queue,
+            canary=canary,
+            forget_canary=forget_canary,
             request_id=request_id or new_request_id(),
             validate_only=validate_only,
         )
         return self._connection.call(self._models.LoadModel, request)
+
+    def stage(
+        self,
+        model: str,
+        *,
+        partition: str = "",
+        weights_bytes: int = 0,
+        layers: int = 0,
+        request_id: str = "",
+        validate_only: bool = False,
+    ) -> Operation:
+        """Put a model's weights into spare memory of a partition; a swap to it copies nothing.
+
+        With `weights_bytes` or `layers` only the first of them; a swap then copies the rest.
+        """
+        request = model_pb2.StageModelRequest(
+            model=model,
+            partition=partition,
+            weights_bytes=weights_bytes,
+            layers=layers,
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        )
+        return self._connection.call(self._models.StageModel, request)
+
+    def calibrate(
+        self, partition: str = "", *, request_id: str = "", validate_only: bool = False
+    ) -> Operation:
+        """Measure the link of a partition, or of all; the response is a CalibrateResponse."""
+        request = node_pb2.CalibrateRequest(
+            partition=partition,
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        )
+        return self._connection.call(self._nodes.Calibrate, request)
 
     def unload(
         self,
@@ -212,16 +297,21 @@ class Client:
         partition: str = "",
         in_flight: InFlight = "default",
         drain_timeout_s: float | None = None,
+        queue: bool = False,
         request_id: str = "",
         validate_only: bool = False,
     ) -> Operation:
-        """Take `outgoing` out of ACTIVE and put `incoming` in; `validate_only` gives the plan."""
+        """Take `outgoing` out of ACTIVE and put `incoming` in; `validate_only` gives the plan.
+
+        With `queue` it stands in line behind what changes the partition or a model of it now.
+        """
         request = model_pb2.SwapModelRequest(
             outgoing=outgoing,
             incoming=incoming,
             partition=partition,
             in_flight=policy(in_flight),
             drain_timeout=duration_or_none(drain_timeout_s),
+            queue=queue,
             request_id=request_id or new_request_id(),
             validate_only=validate_only,
         )

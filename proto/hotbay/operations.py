@@ -24,7 +24,7 @@ from hotbay.connection import Connection
 from hotbay.errors import CallTimedOut, StillRunning, Unavailable, Unreachable
 from hotbay.patience import Clock, Outage
 from hotbay.status import operation_error
-from hotbay.v1 import model_pb2, node_pb2
+from hotbay.v1 import model_pb2, node_pb2, partition_pb2
 
 PREFIX = "operations/"
 # How long the daemon may hold one WaitOperation call, when nobody looks at the progress...
@@ -40,6 +40,7 @@ RESPONSES: tuple[type[Message], ...] = (
     model_pb2.SwapModelResponse,
     model_pb2.ModelOperationResponse,
     node_pb2.CalibrateResponse,
+    partition_pb2.ApplyLayoutResponse,
 )
 
 

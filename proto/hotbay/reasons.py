@@ -85,6 +85,23 @@ class Reason(StrEnum):
         "NOT_IMPLEMENTED", Code.UNIMPLEMENTED, "this version cannot do it; upgrade hotbayd",
     )
 
+    # A hub that models are pulled from.
+    HUB_NOT_FOUND = (
+        "HUB_NOT_FOUND", Code.NOT_FOUND,
+        "check the repository's name and revision; a private one needs a token",
+    )
+    HUB_REFUSED = (
+        "HUB_REFUSED", Code.PERMISSION_DENIED,
+        "give a token that may read the repository with --token-file",
+    )
+    HUB_UNAVAILABLE = (
+        "HUB_UNAVAILABLE", Code.UNAVAILABLE,
+        "check the network and [models] hub_endpoint, then pull again; it goes on where it ended",
+    )
+    PULL_FAILED = (
+        "PULL_FAILED", Code.INTERNAL, "see the message; pull again, which goes on where it ended",
+    )
+
     # A checkpoint that cannot be used.
     CHECKPOINT_INVALID = (
         "CHECKPOINT_INVALID", Code.FAILED_PRECONDITION,
@@ -99,6 +116,10 @@ class Reason(StrEnum):
     )
     CORRUPT_WEIGHTS = (
         "CORRUPT_WEIGHTS", Code.DATA_LOSS, "fetch the checkpoint again; check the disk and memory",
+    )
+    CANARY_FAILED = (
+        "CANARY_FAILED", Code.DATA_LOSS,
+        "see the message; `gpuctl load MODEL --canary TEXT` records the canary anew",
     )
     CHECKSUM_MISMATCH = (
         "CHECKSUM_MISMATCH", Code.DATA_LOSS,
@@ -117,6 +138,10 @@ class Reason(StrEnum):
     INSUFFICIENT_KV = (
         "INSUFFICIENT_KV", Code.RESOURCE_EXHAUSTED,
         "shorten the model's context, or give it a partition with more memory",
+    )
+    INSUFFICIENT_DISK = (
+        "INSUFFICIENT_DISK", Code.RESOURCE_EXHAUSTED,
+        "make room on the disk that the message names, or move [models] directory to a larger one",
     )
     QUOTA_EXCEEDED = (
         "QUOTA_EXCEEDED", Code.RESOURCE_EXHAUSTED, "wait, or raise the tenant's quota",
@@ -171,6 +196,14 @@ class Reason(StrEnum):
     PLAN_STALE = (
         "PLAN_STALE", Code.ABORTED, "the node has changed since; plan again and apply that plan",
     )
+    RESET_NEEDED = (
+        "RESET_NEEDED", Code.FAILED_PRECONDITION,
+        "switch MIG mode with nvidia-smi, reset the GPU or the host, and plan again",
+    )
+    DRIVER_PERMISSION = (
+        "DRIVER_PERMISSION", Code.PERMISSION_DENIED,
+        "give hotbayd the right that the message names",
+    )
     ROLE_DENIED = ("ROLE_DENIED", Code.PERMISSION_DENIED, "ask for the role that the message names")
 
     # It was begun, and ended otherwise than meant.
@@ -204,6 +237,15 @@ class Reason(StrEnum):
     )
     TRANSFER_FAILED = (
         "TRANSFER_FAILED", Code.INTERNAL, "repeat it; if it recurs, check the GPU's health",
+    )
+    LAYOUT_FAILED = (
+        "LAYOUT_FAILED", Code.INTERNAL,
+        "the layout of before is there again; see the message and the driver's kernel log",
+    )
+    LAYOUT_UNSETTLED = (
+        "LAYOUT_UNSETTLED", Code.INTERNAL,
+        "mend what the message names; the layout of before is brought back with the next apply, or "
+        "when hotbayd starts",
     )
     WARMUP_FAILED = (
         "WARMUP_FAILED", Code.INTERNAL, "see the worker's log for the request that failed",

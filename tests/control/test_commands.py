@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from daemon.control.commands import commands
 from daemon.control.config import load
+from daemon.control.processes.commands import commands
 from engine.worker.options import parse_options
 from partitioner.partition import Partition, PartitionKind
 
-GPU = Partition("gpu0", PartitionKind.WHOLE, "GPU-12ab", 0, 80 << 30, 132, 1)
+GPU = Partition("gpu0", PartitionKind.WHOLE, "GPU-12ab", 0, 80 << 30, 132, 1, "0000:10:00.0")
 
 
 def worker_arguments(tmp_path: Path, text: str) -> list[str]:
@@ -27,6 +27,15 @@ def test_a_partition_of_a_real_gpu_computes_on_it(tmp_path: Path) -> None:
     assert (options.device, options.gpu, options.generation) == ("cuda", "GPU-12ab", 3)
     assert (options.memory_bytes, options.pool_bytes) == (80 << 30, 77 << 30)
     assert options.page_bytes == 64 << 20
+    assert options.keep_mappings
+    told = worker_arguments(tmp_path, "[worker]\nkeep_mappings = false\n")
+    assert not parse_options(told).keep_mappings
+
+
+def test_a_worker_is_told_its_link_and_how_long_to_wait_for_it(tmp_path: Path) -> None:
+    options = parse_options(worker_arguments(tmp_path, "[worker]\nlink_wait_s = 2.5\n"))
+    assert options.link_file == Path("/run/x/links/0000:10:00.0")
+    assert options.link_wait_s == 2.5
 
 
 @pytest.mark.parametrize(("throttle", "rate"), [("0", None), ("5e9", 5e9)])

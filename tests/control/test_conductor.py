@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from daemon.control.errors import CallRefused, ControlError
-from daemon.control.records import Intent, Kind, Operation, Stage
-from daemon.control.running import Request
+from daemon.control.state.records import Intent, Kind, Operation, Stage
+from daemon.control.state.running import Request
 from engine.link import control
 from engine.link.control import InFlight
 from swap.errors import InsufficientDeviceMemory
@@ -346,6 +347,26 @@ def test_partitions_work_side_by_side_and_one_refuses_a_second(tmp_path: Path) -
         assert stage.node.world.serving == {"one@1": "gpu0", "two@1": "gpu1"}
 
     play(tmp_path, scenario, "one", "two", "three", gpus=2)
+
+
+def test_copies_under_way_are_foreseen_where_they_share_a_link(tmp_path: Path) -> None:
+    async def scenario(stage: Theatre) -> None:
+        world = stage.node.world
+        assert len({each.link for each in world.partitions.values()}) == 3
+        for name in ("gpu0", "gpu1"):
+            world.partitions[name] = dataclasses.replace(world.partitions[name], link="root")
+        stage.worker.pause_at = control.Stage.COPYING
+        loading = await begin(stage, Intent(Kind.LOAD, incoming="one", partition="gpu0"))
+        await stage.worker.paused.wait()
+        await until(lambda: world.copying)
+        # The worker tells 1 of 2 bytes, and its link moves 1e9 a second.
+        waits = {view.id: view.link_wait_ms for view in world.views()}
+        assert waits == {"gpu0": 0.0, "gpu1": pytest.approx(1e-6), "gpu2": 0.0}
+        stage.worker.go_on.set()
+        assert (await end(stage, loading)).failure is None
+        assert world.copying == {}
+
+    play(tmp_path, scenario, "one", gpus=3)
 
 
 def test_dry_run_changes_nothing(tmp_path: Path) -> None:

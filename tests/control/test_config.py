@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from daemon.control.config import Config, load
+from daemon.control import config as config_module
+from daemon.control.config import Config, as_toml, load
 from daemon.control.errors import ConfigInvalid
+from daemon.control.processor import computes_bfloat16
 from engine.link.control import InFlight
 
 
@@ -33,7 +35,8 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
 def test_images_on_disk_are_below_the_state_unless_said_otherwise(tmp_path: Path) -> None:
     config = read(tmp_path, "")
     assert config.image_cache.directory == "/var/x/images"
-    assert config.image_cache.budget_bytes == 0
+    assert (config.image_cache.budget_bytes, config.image_cache.keep) == (64 << 30, "packed")
+    assert config.host_store.spare_bytes == 32 << 30
     assert (config.limits.builds_max, config.limits.build_threads) == (2, 4)
     text = '[image_cache]\ndirectory = "/big"\nbudget_bytes = 9\n[host_store]\nhuge_pages = "off"\n'
     config = read(tmp_path, text)
@@ -63,14 +66,15 @@ def test_values_are_read_with_their_types(tmp_path: Path) -> None:
         ("[worker]\nthreads = -1\n", r"\[worker\] threads: .*greater than or equal to 0"),
         ("[worker]\npage_bytes = 3000000\n", "multiple of 2 MiB"),
         ('[worker]\nstep_tokens = "many"\n', r"\[worker\] step_tokens: .*integer"),
-        ('[worker]\ndtype = "int8"\n', "'float32', 'bfloat16' or 'float16'"),
+        ('[worker]\ndtype = "int8"\n', "'float32', 'bfloat16', 'float16' or 'auto'"),
         ("[scheduling]\nhold_timeout_s = nan\n", "hold_timeout_s"),
+        ("[scheduling.weights]\nchat = 0\n", r"\[scheduling\] weights.chat: .*equal to 0.01"),
         ('[scheduling]\nin_flight = "wait"\n', "in_flight"),
         ('[node]\nhttp = "8000"\n', "HOST:PORT"),
         ('[node]\nhttp = "example.org:80"\n', "neither an IP address nor localhost"),
         ('[node]\nrepository = "/nowhere/at/all"\n', "not a directory"),
         ("[limits]\noperation_history_s = 60\n", "operation_history_s"),
-        ('[host_store]\nhuge_pages = "4KiB"\n', "'auto' or 'off'"),
+        ('[host_store]\nhuge_pages = "4KiB"\n', "'auto', 'transparent' or 'off'"),
         ("[limits]\nbuilds_max = 0\n", "builds_max"),
         ("[image_cache]\nbudget_bytes = -1\n", "budget_bytes"),
         ("[node\n", "cannot read the configuration"),
@@ -116,3 +120,58 @@ def test_without_a_runtime_directory_it_says_which_flag_to_give(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(ConfigInvalid, match="--runtime-dir"):
         load(None, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("packed", "dtype", "made"),
+    [
+        ("true", "bfloat16", "bfloat16-packed"),
+        ("true", "float32", "float32"),
+        ("false", "bfloat16", "bfloat16"),
+    ],
+)
+def test_only_bfloat16_images_are_packed(
+    tmp_path: Path, packed: str, dtype: str, made: str
+) -> None:
+    text = f'[host_store]\npacked = {packed}\n[worker]\ndtype = "{dtype}"\n'
+    config = read(tmp_path, text)
+    assert config.image_dtype == made
+    assert config.host_store.packed == (packed == "true")
+    assert config.host_store.budget_bytes > 0
+
+
+def test_a_models_weight_is_its_own_or_its_names_or_one(tmp_path: Path) -> None:
+    config = read(tmp_path, '[scheduling.weights]\nchat = 3\n"chat@2" = 0.5\n')
+    weight = config.scheduling.weight
+    assert (weight("chat@1"), weight("chat@2"), weight("code@1")) == (3.0, 0.5, 1.0)
+    shown = tmp_path / "shown.toml"
+    shown.write_text(as_toml(config))
+    assert load(shown, {}, {}).scheduling == config.scheduling
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [
+        ("flags\t\t: fpu sse avx512_bf16 avx512f\n", True),
+        ("processor\t: 0\nflags\t\t: fpu amx_bf16\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("flags\t\t: fpu sse avx512f\nbugs\t\t: avx512_bf16\n", False),
+        ("", False),
+    ],
+)
+def test_the_dtype_follows_the_processors_instructions_if_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str, found: bool
+) -> None:
+    cpu_info = tmp_path / "cpuinfo"
+    cpu_info.write_text(listed)
+    assert computes_bfloat16(cpu_info) is found
+    monkeypatch.setattr(config_module, "computes_bfloat16", lambda: found)
+    text = '[worker]\ndtype = "auto"\n'
+    simulated = read(tmp_path, text + '[node]\nsimulate = "H100x1"\n')
+    assert simulated.worker.dtype == ("bfloat16" if found else "float32")
+    assert read(tmp_path, text).worker.dtype == "bfloat16"
+    assert read(tmp_path, "").worker.dtype == "float32"
+
+
+def test_a_processor_that_says_nothing_has_nothing(tmp_path: Path) -> None:
+    assert not computes_bfloat16(tmp_path / "absent")

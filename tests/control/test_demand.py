@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.control.demand import Bring, Decision, Occupant, Room, Wanted, decide
+from daemon.control.actions.demand import Bring, Decision, Occupant, Room, Wanted, decide
 
 YOUNG, OLD = 0.2, 50.0
 

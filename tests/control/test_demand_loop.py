@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.control import demand_loop
-from daemon.control.records import Cause, Intent, Kind, Operation
-from daemon.control.running import Request
+from daemon.control.actions import demand_loop
+from daemon.control.state.records import Cause, Intent, Kind, Operation
+from daemon.control.state.running import Request
 from engine.link import control
 from engine.link.control import EngineStatus
 from tests.support.control_stage import Theatre, staged, until

@@ -10,17 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from hotbay.v1 import model_pb2, model_pb2_grpc
 
 from daemon.control.errors import CallRefused
-from daemon.control.records import Intent, Kind
-from daemon.control.running import Request
+from daemon.control.state.records import Intent, Kind
+from daemon.control.state.running import Request
 from tests.support.control_stage import Theatre, staged, until
 
 CACHE_BYTES = 1 << 30
 QUIET = "[scheduling]\nswap_on_demand = false\n"
 IMAGE_BYTES = (1 << 20) + 4096
+
+
+def kept_within(budget_bytes: int) -> str:
+    """Settings that keep images which are not packed, too."""
+    return f'[image_cache]\nkeep = "all"\nbudget_bytes = {budget_bytes}\n'
 
 
 def key_of(directory: Path) -> str:
@@ -34,7 +40,7 @@ def play(
     settings: str = QUIET,
 ) -> None:
     if "[image_cache]" not in settings:
-        settings += f"[image_cache]\nbudget_bytes = {CACHE_BYTES}\n"
+        settings += kept_within(CACHE_BYTES)
 
     async def main() -> None:
         async with asyncio.timeout(30), staged(tmp_path, *models, settings=settings) as stage:
@@ -150,7 +156,12 @@ def test_a_load_succeeds_when_its_image_cannot_be_kept(tmp_path: Path) -> None:
     def digest(stage: Theatre) -> str:
         return stage.node.world.registry["prose@1"].digest
 
-    play(tmp_path, scenario, "prose", settings=QUIET + "[image_cache]\nbudget_bytes = 1000000\n")
+    play(
+        tmp_path,
+        scenario,
+        "prose",
+        settings=QUIET + kept_within(1000000),
+    )
 
 
 def test_a_writer_that_fails_costs_a_warning(tmp_path: Path) -> None:
@@ -221,7 +232,12 @@ def test_without_a_budget_nothing_is_written(tmp_path: Path) -> None:
         assert stage.builders.builds == ["prose", "prose"]
         assert not (stage.root / "state" / "images").exists()
 
-    play(tmp_path, scenario, "prose", settings=QUIET + "[image_cache]\nbudget_bytes = 0\n")
+    play(
+        tmp_path,
+        scenario,
+        "prose",
+        settings=QUIET + kept_within(0),
+    )
 
 
 def test_a_directory_that_cannot_be_used_costs_a_warning(tmp_path: Path) -> None:
@@ -231,7 +247,7 @@ def test_a_directory_that_cannot_be_used_costs_a_warning(tmp_path: Path) -> None
         assert (await load(stage, "prose")).failure is None
 
     (tmp_path / "file").write_text("")
-    table = f'[image_cache]\ndirectory = "{tmp_path}/file/images"\nbudget_bytes = {CACHE_BYTES}\n'
+    table = kept_within(CACHE_BYTES) + f'directory = "{tmp_path}/file/images"\n'
     play(tmp_path, scenario, "prose", settings=QUIET + table)
 
 
@@ -246,6 +262,9 @@ def test_no_more_loads_than_allowed_run_at_once_and_the_others_in_turn(tmp_path:
         await until(lambda: len(stage.builders.builds) == 2)
         reserved = stage.node.world.store.reserved_bytes
         assert reserved == 2 * IMAGE_BYTES  # those that wait hold nothing
+        # A call that is cancelled before its operation is written down begins nothing.
+        begun = stage.node._operations._all
+        await until(lambda: sum(live.durable.is_set() for live in begun.values()) == 4)
         loads[2].cancel()  # the caller's patience; the operation goes on
         stage.builders.pause.set()
         done = await asyncio.gather(*loads, return_exceptions=True)
@@ -316,3 +335,19 @@ def test_a_pin_outlives_a_changed_checkpoint_and_asking_changes_nothing(tmp_path
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
     play(tmp_path, scenario, "prose")
+
+
+def test_what_is_built_as_fast_as_it_is_read_is_not_written_unless_asked(tmp_path: Path) -> None:
+    async def scenario(stage: Theatre) -> None:
+        assert stage.node._disk.budget_bytes == 64 << 30
+        assert (await load(stage, "prose")).failure is None
+        assert stage.node._disk._wanted == {}
+        digest = stage.node.world.registry["prose@1"].digest
+        manifest = stage.node.world.store.manifest(digest)
+        packed = msgspec.structs.replace(manifest, piece_weights=4096)
+        stage.node.world.store._images[digest].manifest = packed
+        stage.node._disk.save_soon(key_of(tmp_path), digest)
+        await until(lambda: stage.builders.saves)
+        assert stage.builders.saves[0].name == f"{digest}.image"
+
+    play(tmp_path, scenario, "prose", settings=QUIET + "[image_cache]\n")

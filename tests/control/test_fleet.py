@@ -16,14 +16,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from daemon.control import process_record
 from daemon.control.errors import ProcessFailed
-from daemon.control.fleet import Fleet
-from daemon.control.gateway_client import GatewayClient
 from daemon.control.notify import boot_id
-from daemon.control.place import Commands
-from daemon.control.processes import Child
-from daemon.control.worker_client import WorkerClient
+from daemon.control.processes import process_record
+from daemon.control.processes.child import Child
+from daemon.control.processes.fleet import Fleet
+from daemon.control.processes.gateway_client import GatewayClient
+from daemon.control.processes.place import Commands
+from daemon.control.processes.worker_client import WorkerClient
 from engine.link import control, routes
 
 WAIT_S = 20.0
@@ -172,7 +172,7 @@ def test_a_new_daemon_adopts_what_the_old_one_left(tmp_path: Path) -> None:
 def test_what_cannot_be_spoken_to_is_replaced(
     tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("daemon.control.worker_client.DESCRIBE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("daemon.control.processes.worker_client.DESCRIBE_TIMEOUT_S", 0.3)
 
     async def scenario() -> None:
         directory = tmp_path / "workers" / "gpu0"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from daemon.control.errors import JournalFailed
-from daemon.control.journal import FILE_NAME, Contents, Drop, Journal, Put, Record
-from daemon.control.records import (
+from daemon.control.state.journal import FILE_NAME, Contents, Drop, Journal, Put, Record
+from daemon.control.state.records import (
     Failure,
     Intent,
     Kind,
@@ -80,8 +80,8 @@ def test_committed_changes_outlive_a_kill(tmp_path: Path) -> None:
     program = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from daemon.control.journal import Journal, Put
-from daemon.control.records import Placement
+from daemon.control.state.journal import Journal, Put
+from daemon.control.state.records import Placement
 async def main():
     journal, _ = await Journal.open(Path(sys.argv[1]))
     for number in range(20):

@@ -12,8 +12,8 @@ import pynvml
 import pytest
 from hotbay.v1 import partition_pb2
 
+from daemon.control.actions.layouts import Layouts
 from daemon.control.errors import Refused
-from daemon.control.layouts import Layouts
 from partitioner.bounded import BoundedNvml
 from partitioner.catalogue import load_catalogue
 from partitioner.simulated.install import installed
@@ -84,7 +84,7 @@ def with_layouts(scenario: Any) -> None:
 
     async def run(node: SimulatedNode) -> None:
         nvml = BoundedNvml()
-        world: Any = SimpleNamespace(gpus=(), processes=SimpleNamespace(workers={}))
+        world: Any = SimpleNamespace(gpus=(), owned=(), processes=SimpleNamespace(workers={}))
         await scenario(node, Layouts(world, nvml.discover, nvml.geometry))
         await nvml.close()
 

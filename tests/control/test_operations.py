@@ -11,10 +11,19 @@ import pytest
 
 from daemon.control.config import Limits
 from daemon.control.errors import JournalFailed, Refused
-from daemon.control.journal import Journal, Put
-from daemon.control.operations import Operations
-from daemon.control.records import Cause, Intent, Kind, Operation, Placement, Plan, Result, Stage
-from daemon.control.running import Handle, Outcome, Request
+from daemon.control.state.journal import Journal, Put
+from daemon.control.state.operations import Operations
+from daemon.control.state.records import (
+    Cause,
+    Intent,
+    Kind,
+    Operation,
+    Placement,
+    Plan,
+    Result,
+    Stage,
+)
+from daemon.control.state.running import Handle, Outcome, Request
 
 LOAD = Intent(Kind.LOAD, incoming="prose@1")
 DEMAND = Intent(Kind.SWAP, Cause.DEMAND, incoming="code@1")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from daemon.control.config import Worker
 from daemon.control.errors import Refused
-from daemon.control.failures import Failed
-from daemon.control.planning import (
+from daemon.control.state.failures import Failed
+from daemon.control.state.history import Past, Sample
+from daemon.control.state.planning import (
     PartitionView,
     Resident,
+    Staged,
     context_tokens,
     place,
     plan_move,
     resident,
 )
-from daemon.control.records import Facts, Failure, Version
+from daemon.control.state.records import Facts, Failure, Version
 from swap.errors import InsufficientDeviceMemory
 
 MIB = 1 << 20
@@ -23,8 +28,8 @@ FACTS = Facts("llama", 10, 10, 2, 4096, 5 * MIB, 6 * MIB, 5 * MIB, 1024)
 VERSION = Version("prose", 1, "/m", "api", 0.0, "f", facts=FACTS)
 
 
-def view(name: str, pages: int, *residents: Resident, overhead_ms: float = 0.0) -> PartitionView:
-    return PartitionView(name, 2 * MIB, pages, 1e9, residents, overhead_ms)
+def view(name: str, pages: int, *residents: Resident, **values: Any) -> PartitionView:
+    return PartitionView(name, 2 * MIB, pages, 1e9, residents, **values)
 
 
 def test_context_is_the_smaller_limit() -> None:
@@ -48,12 +53,42 @@ def test_unusable_versions_say_why() -> None:
 
 def test_plan_counts_what_moves() -> None:
     prose, code = Resident("prose@1", 5 * MIB, MIB), Resident("code@1", 7 * MIB, MIB)
-    plan = plan_move(view("gpu0", 6, prose, overhead_ms=4.0), ("prose@1",), code, 99)
+    plan = plan_move(
+        view("gpu0", 6, prose, past=Past(1e9, (Sample(1, 0.0, 0.0, 4.0, False),))),
+        ("prose@1",),
+        code,
+        99,
+    )
     assert plan.outgoing == ("prose@1",)
-    assert (plan.copy_bytes, plan.evict_bytes, plan.build_bytes) == (7 * MIB, 5 * MIB, 99)
+    assert (plan.copy_bytes, plan.build_bytes) == (7 * MIB, 99)
+    # Of 6 pages, 2 are free and KV gives one; weights give two of their three.
+    assert plan.evict_bytes == 3 * MIB
     assert plan.device_bytes_needed == 5 * 2 * MIB
     assert plan.device_bytes_available == 6 * 2 * MIB
     assert plan.predicted_ms == pytest.approx(7 * MIB / 1e9 * 1000 + 4.0)
+
+
+def test_what_is_staged_needs_no_pages_and_no_copy() -> None:
+    prose, code = Resident("prose@1", 5 * MIB, MIB), Resident("code@1", 8 * MIB, MIB)
+    for pages, copy_bytes in ((1, 6 * MIB), (3, 2 * MIB), (4, 0)):
+        part = Staged(pages * 2 * MIB, copy_bytes)
+        here = dataclasses.replace(view("gpu0", 9, prose), staged={"code@1": part})
+        plan = plan_move(here, (), code, 0)
+        assert (plan.copy_bytes, plan.staged_bytes) == (copy_bytes, pages * 2 * MIB)
+        assert plan.device_bytes_needed == (5 - pages) * 2 * MIB
+        assert plan.predicted_ms == pytest.approx(copy_bytes / here.link_bytes_per_s * 1000)
+        # Where most of it is, it is loaded.
+        assert place([view("gpu1", 20), here], code, 0, 0).partition == "gpu0"
+
+
+def test_a_copy_is_foreseen_to_wait_for_those_that_use_its_link() -> None:
+    code = Resident("code@1", 7 * MIB, MIB)
+    shared = dataclasses.replace(view("gpu0", 6, code), link_wait_ms=30.0)
+    prose = Resident("prose@1", 5 * MIB, MIB)
+    alone = plan_move(view("gpu0", 6, code), ("code@1",), prose, 0)
+    assert plan_move(shared, ("code@1",), prose, 0).predicted_ms == alone.predicted_ms + 30.0
+    # What copies nothing waits for nobody.
+    assert plan_move(shared, ("code@1",), None, 0).predicted_ms == 0.0
 
 
 def test_place_takes_the_emptiest_partition() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from daemon.control.errors import ControlError, ProcessFailed, Refused
-from daemon.control.failures import Failed
-from daemon.control.journal import Contents, Put
-from daemon.control.records import Label, Version
-from daemon.control.registry import Registry
+from daemon.control.state.failures import Failed
+from daemon.control.state.journal import Contents, Put
+from daemon.control.state.records import Label, Version
+from daemon.control.state.registry import Registry
 from engine.link.build import Inspected
 from tests.support.control_stage import Builders
 

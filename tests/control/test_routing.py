@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from daemon.control.records import Failure, Placement
-from daemon.control.routing import disposition
+from daemon.control.actions.routing import disposition
+from daemon.control.state.records import Failure, Placement
 from engine.link.routes import Disposition
 
 PLACED = Placement("prose@1", "gpu0")

@@ -27,20 +27,22 @@ from hotbay.v1 import (
     watch_pb2,
 )
 
-from daemon.control.answers import status
-from daemon.control.records import Failure
+from daemon.control.services.answers import status
+from daemon.control.state.records import Failure
 from engine.link import control
+from engine.link.control import ExchangeResult, Ledger
 from tests.support.control_stage import Theatre, staged, until
 
 QUIET = "[scheduling]\nmin_residency_s = 3600\n"
 WORKING = {
-    "NodeService": {"GetNode", "ListGpus"},
+    "NodeService": {"GetNode", "ListGpus", "Calibrate"},
     "PartitionService": {
         *("ListPartitions", "GetPartition", "PlanLayout", "ListProfiles", "GetLayout"),
+        "ApplyLayout",
     },
     "ModelService": {
-        *("RegisterModel", "ListModels", "GetModel"),
-        *("LoadModel", "UnloadModel", "SwapModel", "DrainModel", "ResumeModel"),
+        *("RegisterModel", "PullModel", "ListModels", "GetModel"),
+        *("LoadModel", "UnloadModel", "StageModel", "SwapModel", "DrainModel", "ResumeModel"),
         "PinModel",
     },
     "WatchService": {"Watch"},
@@ -170,7 +172,13 @@ def test_load_swap_and_their_operations(tmp_path: Path) -> None:
         operation = await api.wait(await api.model("SwapModel", outgoing="prose", incoming="code"))
         assert operation.response.Unpack(swapped)
         ledger = swapped.ledger
-        assert [phase.name for phase in ledger.phases] == ["drain", "evict", "copy", "verify"]
+        assert [phase.name for phase in ledger.phases] == [
+            "drain",
+            "evict",
+            "link_wait",
+            "copy",
+            "verify",
+        ]
         assert ledger.copy_bytes_per_second == pytest.approx(500_000)
         assert ledger.link_percent == pytest.approx(50)
         metadata = model_pb2.OperationMetadata()
@@ -376,6 +384,35 @@ def test_watch_over_the_wire(tmp_path: Path) -> None:
     play(tmp_path, scenario, "prose")
 
 
+def test_each_swaps_ledger_is_an_event_with_its_phases(tmp_path: Path) -> None:
+    async def scenario(api: Api) -> None:
+        await api.wait(await api.model("LoadModel", model="prose"))
+        watching = api.channel.unary_stream(
+            "/hotbay.v1.WatchService/Watch",
+            request_serializer=watch_pb2.WatchRequest.SerializeToString,
+            response_deserializer=watch_pb2.WatchEvent.FromString,
+        )
+        stream = watching(watch_pb2.WatchRequest(kinds=["operation"]))
+        async for event in stream:
+            if event.type == watch_pb2.EVENT_TYPE_SYNCED:
+                break
+        for outgoing, incoming in (("prose", "code"), ("code", "prose")):
+            begun = await api.model("SwapModel", outgoing=outgoing, incoming=incoming)
+            async for event in stream:
+                if event.operation.done:
+                    break
+            assert event.name == begun.name
+            metadata = model_pb2.OperationMetadata()
+            assert event.operation.metadata.Unpack(metadata)
+            told = {phase.name: phase.duration_ms for phase in metadata.ledger.phases}
+            assert told.keys() == {"drain", "evict", "link_wait", "copy", "verify"}
+            assert (told["copy"], metadata.ledger.total_ms) == (2.0, 3.0)
+            assert metadata.ledger.predicted_ms == metadata.plan.predicted_ms > 0
+        stream.cancel()
+
+    play(tmp_path, scenario, "prose", "code")
+
+
 def test_health_and_reflection(tmp_path: Path) -> None:
     async def scenario(api: Api) -> None:
         health = health_pb2_grpc.HealthStub(api.channel)
@@ -405,11 +442,40 @@ def test_metrics_are_answered_over_the_gateways_link(tmp_path: Path) -> None:
         await api.wait(await api.model("LoadModel", model="prose"))
         text = await api.stage.node.metrics()
         assert 'hotbay_swaps_total{outcome="committed"} 1.0' in text
-        assert 'hotbay_swap_phase_seconds_count{phase="copy"} 1.0' in text
+        for phase in ("drain", "evict", "park", "link_wait", "copy", "verify", "total"):
+            assert f'hotbay_swap_phase_seconds_count{{phase="{phase}"}} 1.0' in text
         assert 'hotbay_operations_total{cause="api",kind="load",outcome="OK"} 1.0' in text
         assert 'hotbay_engine_running{model="prose@1",partition="gpu0"} 0.0' in text
         assert 'hotbay_worker_up{partition="gpu0"} 1.0' in text
         assert "hotbay_host_store_bytes" in text
+
+    play(tmp_path, scenario, "prose")
+
+
+def test_every_phase_of_a_swap_is_in_the_histogram(tmp_path: Path) -> None:
+    ledger = Ledger(
+        drain_ms=1.0,
+        evict_ms=2.0,
+        park_ms=4.0,
+        unpark_ms=8.0,
+        link_wait_ms=16.0,
+        copy_ms=32.0,
+        verify_ms=64.0,
+        canary_ms=512.0,
+        total_ms=128.0,
+        first_token_ms=256.0,
+    )
+
+    async def scenario(api: Api) -> None:
+        metrics = api.stage.node._metrics
+        metrics.exchanged(ExchangeResult("operations/1", "code@1", "prose@1", ledger=ledger))
+        text = metrics.text()
+        told = {field: getattr(ledger, field) for field in ledger.__struct_fields__}
+        phases = {name[:-3]: told[name] for name in told if name.endswith("_ms")}
+        assert len(phases) == 10
+        for phase, milliseconds in phases.items():
+            labels = f'hotbay_swap_phase_seconds_sum{{phase="{phase}"}}'
+            assert f"{labels} {milliseconds / 1000}" in text
 
     play(tmp_path, scenario, "prose")
 

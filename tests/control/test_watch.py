@@ -10,10 +10,10 @@ import pytest
 from google.longrunning import operations_proto_pb2 as longrunning
 from hotbay.v1 import model_pb2, node_pb2, partition_pb2, watch_pb2
 
-from daemon.control import watch as watch_module
 from daemon.control.config import Limits
 from daemon.control.errors import Refused
-from daemon.control.watch import Hub
+from daemon.control.services import watch as watch_module
+from daemon.control.services.watch import Hub
 
 PRESENT = watch_pb2.EVENT_TYPE_PRESENT
 SYNCED = watch_pb2.EVENT_TYPE_SYNCED

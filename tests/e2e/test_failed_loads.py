@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.e2e.conftest import REPOSITORY, NodeMaker, Oracle
+from tests.gpuctl.conftest import in_process
 
 SETTLE_S = 10.0
 
@@ -47,11 +50,59 @@ def unsupported(directory: Path) -> None:
     path.write_text(json.dumps(config))
 
 
+def header_of(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrite the header of a file, and nothing else of it."""
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + length :])
+
+
+def overlapping(directory: Path) -> None:
+    def overlap(header: dict[str, Any]) -> None:
+        begin, end = header["model.norm.weight"]["data_offsets"]
+        header["model.norm.weight"]["data_offsets"] = [begin - 4, end - 4]
+
+    header_of(directory, overlap)
+
+
+def not_text(directory: Path) -> None:
+    with (directory / "model.safetensors").open("r+b") as file:
+        file.seek(9)
+        file.write(b"\xff\xfe")
+
+
+def too_few_layers(directory: Path) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": None}))
+
+
+def shards(name: str) -> Callable[[Path], None]:
+    """An index that puts everything into the shard of that name."""
+
+    def spoil(directory: Path) -> None:
+        names = load_file(directory / "model.safetensors")
+        index = {"weight_map": dict.fromkeys(names, name)}
+        (directory / "model.safetensors").unlink()
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return spoil
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncated, "model.safetensors"),
     "missing": (tensor_missing, "model.norm.weight"),
     "shape": (wrong_shape, "model.norm.weight"),
     "unsupported": (unsupported, "Mamba"),
+    "overlap": (overlapping, "overlaps the one before"),
+    "text": (not_text, "model.safetensors: its header is no JSON object"),
+    "layers": (too_few_layers, "model.layers.1."),
+    "missing-shard": (shards("model-00001-of-00002.safetensors"), "00001-of-00002"),
+    "outside": (shards("../../prose/1/model.safetensors"), "no file name"),
 }
 
 
@@ -129,6 +180,10 @@ def test_broken_checkpoints_are_refused_by_name(
         error = refused(node, name)
         assert named in str(error), error
         assert error.reason in ("CHECKPOINT_INVALID", "CORRUPT_WEIGHTS", "ARCH_UNSUPPORTED")
+        shown = in_process(node.endpoint)("load", name)
+        assert shown.code == 4
+        assert named in shown.err
+        assert "  what to do:  " in shown.err
     still_serves(node, oracle)
     unchanged(node, before)
 

@@ -11,7 +11,7 @@ from hotbay.errors import HotbayError
 from hotbay.status import operation_metadata
 from hotbay.v1 import common_pb2
 
-from daemon.control.failpoints import FailPoint
+from daemon.control.failpoints import LAYOUT_POINTS, FailPoint
 from tests.e2e.conftest import PROMPTS, NodeMaker, Oracle
 from tests.e2e.traffic import complete, openai_client
 
@@ -19,7 +19,7 @@ TOKENS = 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", list(FailPoint))
+@pytest.mark.parametrize("point", [each for each in FailPoint if each not in LAYOUT_POINTS])
 def test_killed_at_a_fail_point(
     start_node: NodeMaker, oracle: Oracle, point: FailPoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,7 @@ def test_weights_come_back_from_disk_unless_something_changed(
     expected = oracle.answer("prose", PROMPT, TOKENS)
 
     node = start_node(
-        config={"image_cache": {"budget_bytes": CACHE_BYTES}},
+        config={"image_cache": {"budget_bytes": CACHE_BYTES, "keep": "all"}},
         repository=repository,
         load=("prose",),
     )

@@ -112,7 +112,7 @@ def test_what_is_to_come_says_unimplemented(start_node: NodeMaker) -> None:
     node = start_node()
     with pytest.raises(Refused) as caught:
         node.client._connection.call(
-            node.client._models.StageModel, model_pb2.StageModelRequest(model="prose")
+            node.client._models.SetRoute, model_pb2.SetRouteRequest(model="prose")
         )
     assert caught.value.reason == "NOT_IMPLEMENTED"
 

@@ -211,3 +211,46 @@ def test_metrics_are_the_whole_nodes(node: LocalNode) -> None:
     alone = httpx.get(f"{url}/metrics", timeout=10).text
     assert "hotbay_control_up 0.0" in alone
     assert "hotbay_gateway_" in alone
+
+
+LONG = "A licence in many words, read by many and by none to its end. " * 3
+
+
+@pytest.mark.slow
+def test_a_prompt_is_computed_once_for_each_key(node: LocalNode, oracle: Oracle) -> None:
+    """Asked again it is found, by whoever shows the same key and salt; usage and metrics say so."""
+    expected = oracle.answer("prose", LONG, 6)
+
+    def ask(key: str, **extra: Any) -> Any:
+        with OpenAI(base_url=f"{node.http_url}/v1", api_key=key, max_retries=0) as client:
+            return client.completions.create(
+                model="prose", prompt=LONG, max_tokens=6, temperature=0, **extra
+            )
+
+    def details(answer: Any) -> int:
+        assert [choice.text for choice in answer.choices] == [expected] * len(answer.choices)
+        return int(answer.usage.prompt_tokens_details.cached_tokens)
+
+    first = ask("one")
+    prompt = first.usage.prompt_tokens
+    assert prompt > 40
+    assert details(first) == 0
+    assert details(ask("one")) == prompt - 1
+    assert details(ask("two")) == 0, "another key does not find it"
+    assert details(ask("one", extra_body={"cache_salt": "apart"})) == 0
+    # Of four samples the first computes the prompt, and the others only its last token.
+    assert details(ask("three", n=4)) == 0
+    deadline = time.monotonic() + 10
+    needed = (0 + prompt - 1 + 0 + 0) + 3 * (prompt - 1)
+    while time.monotonic() < deadline:
+        page = httpx.get(f"{node.http_url}/metrics", timeout=10).text
+        found = {
+            line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+            for line in page.splitlines()
+            if line.startswith("hotbay_engine_prefix")
+        }
+        if found.get("hotbay_engine_prefix_hit_tokens_total") == needed:
+            break
+        time.sleep(0.1)
+    assert found["hotbay_engine_prefix_hit_tokens_total"] == needed
+    assert found["hotbay_engine_prefix_lookup_tokens_total"] == 8 * prompt

@@ -87,7 +87,9 @@ def test_fifty_commanded_swaps_under_32_streams(start_node: NodeMaker, oracle: O
     assert min(outcome.right.values()) >= SWAPS
     assert all(response.ledger.requests_lost == 0 for response in responses)
     assert any(response.ledger.requests_finished > 0 for response in responses)
-    assert all(response.ledger.copied_bytes > 0 for response in responses)
+    # There is room for both: who has left stays on the device, and comes back without a copy.
+    assert responses[0].ledger.copied_bytes > 0
+    assert all(response.ledger.copied_bytes == 0 for response in responses[2:])
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine.link.build import (
+    PACKED_DTYPE,
     Build,
     BuildProgress,
     Built,
@@ -29,12 +30,14 @@ from engine.link.build import (
     Inspected,
     Restored,
     Saved,
+    Touched,
 )
 from engine.link.errors import LinkError
 from engine.link.peer import Peer
 from engine.models.layout import image_recipes
 from engine.models.spec import ModelSpec
-from swap.image import verify_image
+from swap.image_check import verify_image
+from swap.pieces import device_bytes
 from swap.segment import Segment
 from swap.store import HostStore
 
@@ -102,7 +105,7 @@ class Session:
             ours,
             FromBuilder,
             name="builder",
-            replies=(Inspected, Built, Restored, Saved, Failed),
+            replies=(Inspected, Built, Restored, Saved, Touched, Failed),
             handler=self._take,
             on_close=self._closed,
         )
@@ -160,7 +163,7 @@ def run(scenario: Callable[[Session], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", PACKED_DTYPE])
 def test_a_checkpoint_becomes_an_image(model: Path, dtype: str) -> None:
     spec = ModelSpec.from_directory(model)
     store = HostStore(1 << 30)
@@ -172,14 +175,20 @@ def test_a_checkpoint_becomes_an_image(model: Path, dtype: str) -> None:
         assert (inspected.layers, inspected.vocabulary, inspected.context_tokens) == (2, 64, 256)
         assert inspected.parameters == spec.parameters
         assert inspected.checkpoint_bytes == (model / "model.safetensors").stat().st_size
-        assert inspected.kv_bytes_per_token == spec.kv_bytes_per_token(dtype)
+        plain = dtype.removesuffix("-packed")
+        assert inspected.kv_bytes_per_token == spec.kv_bytes_per_token(plain)
         reservation = store.reserve(inspected.segment_bytes)
         segment = Segment.create(inspected.segment_bytes, "test")
         built = await session.call(Build(), segment.descriptor)
         assert isinstance(built, Built), built
         manifest = store.commit(reservation, segment)
         assert manifest.digest == built.digest
-        assert manifest.weights_bytes == inspected.weights_bytes
+        assert manifest.packed == (dtype == PACKED_DTYPE)
+        if manifest.packed:
+            assert device_bytes(manifest) <= inspected.weights_bytes
+            assert store.used_bytes <= inspected.segment_bytes
+        else:
+            assert manifest.weights_bytes == inspected.weights_bytes
         assert session.progress[-1].bytes_done == session.progress[-1].bytes_total
 
     run(scenario)

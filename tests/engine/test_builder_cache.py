@@ -18,15 +18,9 @@ from engine.link.build import Build, BuildProgress, Inspect, Inspected, Restore,
 from engine.link.errors import LinkError
 from swap.cached_image import PARTIAL_SUFFIX, PIECE_BYTES, save_image
 from swap.identity import SETTLE_S
-from swap.image import (
-    TensorRecipe,
-    complete,
-    plan_image,
-    read_manifest,
-    segment_bytes,
-    write_manifest,
-)
+from swap.image import TensorRecipe, complete, plan_image, read_manifest, segment_bytes
 from swap.segment import Segment
+from swap.writing import write_manifest
 from tests.engine.test_builder import Session, builder, hollow_checkpoint
 
 TEST_S = 60.0

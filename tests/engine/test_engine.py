@@ -107,6 +107,8 @@ def test_unused_memory_may_hold_anything(checkpoint: Make) -> None:
     limits = EngineLimits(256, 16, 64, 40)
     engine = Engine(made.spec, made.weights, space, limits)
     assert_greedy(engine, made, 16)
+    engine.pause()
+    engine.resume(made.weights)
     space.memory().view(torch.float32).fill_(float("nan"))
     assert_greedy(engine, made, 16, first=100)
 
@@ -119,6 +121,7 @@ def test_over_an_arena_region(checkpoint: Make) -> None:
     region = Region(pool, "kv", 48 << 20)
     engine = Engine(made.spec, made.weights, RegionKvSpace(region), EngineLimits(256, 32, 64, 64))
     assert_greedy(engine, made, 32)
+    assert 0 < region.mapped_pages == engine.trim_cached(pool.total_pages)
     assert pool.free_pages == pool.total_pages
     engine.submit(500, PROMPTS[0], greedy(4))
     engine.step()

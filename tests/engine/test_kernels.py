@@ -10,7 +10,7 @@ import torch
 
 from engine.kernels.protocol import Span
 from engine.kernels.reference import dense
-from engine.kernels.reference.grouping import GROUP_BLOCKS_MAX, PADDING_MAX, group_runs
+from engine.kernels.reference.grouping import GROUP_KEYS_BYTES_MAX, PADDING_MAX, group_runs
 from engine.kernels.reference.kernels import ReferenceKernels
 from engine.kernels.reference.rotary import Angles, rotate
 from engine.kv_layout import KvLayout
@@ -194,7 +194,8 @@ def test_groups_are_runs_that_waste_little() -> None:
             (chance.choice([1, 1, 1, chance.randrange(2, 200)]), chance.choice([1, 2, 5, 40, 900]))
             for _ in range(chance.randrange(1, 40))
         )
-        runs = group_runs(shapes)
+        block_bytes = chance.choice([1 << 10, 1 << 15, 1 << 23])
+        runs = group_runs(shapes, block_bytes)
         assert [index for run in runs for index in range(run.start, run.stop)] == list(
             range(len(shapes))
         )
@@ -206,6 +207,9 @@ def test_groups_are_runs_that_waste_little() -> None:
                 padded = len(members) * max(queries for queries, _ in members) * longest
                 own = sum(queries * blocks for queries, blocks in members)
                 assert padded <= PADDING_MAX * own
-                assert len(members) * longest <= GROUP_BLOCKS_MAX
-    assert group_runs([]) == []
-    assert group_runs([(1, 4)] * 32) == [slice(0, 32)]
+                assert len(members) * longest * block_bytes <= GROUP_KEYS_BYTES_MAX
+    assert group_runs([], 1) == []
+    assert group_runs([(1, 4)] * 32, 1 << 15) == [slice(0, 32)]
+    # As many as stay in the cache, and a sequence alone however long it is.
+    assert group_runs([(1, 4)] * 6, 1 << 18) == [slice(0, 4), slice(4, 6)]
+    assert group_runs([(1, 900)] * 2, 1 << 18) == [slice(0, 1), slice(1, 2)]

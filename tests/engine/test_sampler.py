@@ -9,51 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
-from engine.link.tokens import Sampling
 from engine.penalties import adjust, is_adjusted
 from engine.philox import uniform
 from engine.request import Request
 from engine.sampler import CANDIDATES, sample
+from tests.engine.sampling_requests import make_request, random_request
 
 VOCABULARY = 40
-
-
-def make_request(
-    tokens: list[int], prompt_tokens: int, stops: tuple[int, ...] = (), **parameters: Any
-) -> Request:
-    return Request(
-        id=0,
-        prompt_tokens=prompt_tokens,
-        tokens=tokens,
-        sampling=Sampling(**({"max_tokens": 100} | parameters)),
-        priority=0,
-        arrival=0,
-        tokens_max=1000,
-        stop_token_ids=frozenset(stops),
-    )
-
-
-def random_request(chance: random.Random, vocabulary: int = VOCABULARY) -> Request:
-    """A request in the middle of its output, with a random choice of parameters."""
-    prompt = [chance.randrange(vocabulary) for _ in range(chance.randrange(1, 12))]
-    output = [chance.randrange(vocabulary) for _ in range(chance.randrange(12))]
-    bias = {chance.randrange(vocabulary): chance.uniform(-5, 5) for _ in range(chance.randrange(4))}
-    return make_request(
-        prompt + output,
-        len(prompt),
-        stops=tuple(chance.sample(range(vocabulary), chance.randrange(3))),
-        temperature=chance.choice([0.0, 0.3, 1.0, 2.0]),
-        top_k=chance.choice([0, 0, 1, 3, vocabulary, 10 * vocabulary]),
-        top_p=chance.choice([1.0, 1.0, 0.9, 0.3, 0.001]),
-        min_p=chance.choice([0.0, 0.0, 0.05, 0.7]),
-        presence_penalty=chance.choice([0.0, 0.0, 1.5, -1.0]),
-        frequency_penalty=chance.choice([0.0, 0.0, 0.7, -0.5]),
-        repetition_penalty=chance.choice([1.0, 1.0, 1.3, 0.8]),
-        min_tokens=chance.choice([0, 0, 5]),
-        logit_bias=chance.choice([{}, bias]),
-        seed=chance.randrange(-(2**63), 2**64),
-    )
 
 
 def slow_logits(row: list[float], request: Request) -> list[float]:
@@ -101,7 +65,7 @@ def slow_distribution(row: list[float], request: Request) -> list[float]:
 
 def test_penalties_equal_their_definition() -> None:
     chance = random.Random(1)
-    requests = [random_request(chance) for _ in range(300)]
+    requests = [random_request(chance, VOCABULARY) for _ in range(300)]
     logits = torch.randn(300, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 3
     expected = torch.tensor(
         [slow_logits(row, one) for row, one in zip(logits.tolist(), requests, strict=True)]
@@ -165,9 +129,21 @@ def test_frequencies_of_many_draws(parameters: dict[str, Any]) -> None:
     assert chi_square < freedom + 4.5 * math.sqrt(2 * freedom)
 
 
+def test_top_p_takes_its_share_of_what_a_large_top_k_leaves() -> None:
+    """Of 600 tokens, equal but for their order, a fifth is 120; of all of them it would be 300."""
+    vocabulary, top_k, top_p = 1500, 600, 0.2
+    logits = -torch.arange(vocabulary).float() * 1e-6
+    request = make_request([0], 1, temperature=1.0, top_k=top_k, top_p=top_p)
+    drawn = []
+    for seed in range(400):
+        request.sampling = structs.replace(request.sampling, seed=seed)
+        drawn += [sample(logits[None].clone(), [request])[0].token or 0]
+    assert 100 < max(drawn) <= 121
+
+
 def test_a_draw_is_the_same_in_any_batch() -> None:
     chance = random.Random(6)
-    requests = [random_request(chance) for _ in range(64)]
+    requests = [random_request(chance, VOCABULARY) for _ in range(64)]
     logits = torch.randn(64, VOCABULARY, generator=torch.Generator().manual_seed(6))
     together = [draw.token for draw in sample(logits.clone(), requests)]
     order = list(range(64))

@@ -21,6 +21,7 @@ def stream(serial: int, model: str = "a@1", age_s: float = 0.0) -> Stream:
         prompt=(1,),
         sampling=Sampling(max_tokens=1),
         priority=0,
+        cache_salt="",
         mailbox=Mailbox(eager=True),
         arrived_s=time.monotonic() - age_s,
     )

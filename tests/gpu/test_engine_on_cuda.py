@@ -26,6 +26,7 @@ from engine.worker.resident import Resident
 from engine.worker.verify import verify_weights
 from swap.arena import PagePool, Region
 from swap.parking import ParkingArea
+from swap.shared_link import OwnLink
 from tests.engine.checkpoints import SHAPES, greedy, make_checkpoint, prompt, run, tokens_of
 from tests.support.devices import FAKE, NEEDS_GPU, device_factory
 from tests.support.worker_stage import build_segment
@@ -80,9 +81,9 @@ def test_greedy_tokens_are_those_of_transformers(
 
 def swap_in(resident: Resident, salt: str) -> None:
     resident.map()
-    resident.load().join()
+    resident.load(OwnLink().turn(), lambda: None).join()
     pool = resident._pool
-    verify_weights(pool.device, resident.image, resident.address, salt)
+    verify_weights(pool.device, resident.image, resident.weights.address, salt)
     resident.move(EngineStatus.STAGED)
     resident.serve()
 
@@ -113,11 +114,11 @@ def test_tokens_are_the_same_after_any_number_of_swaps(pool: PagePool, tmp_path:
     shift = pool.take("something else", 1)
     for number in range(SWAPS):
         incoming = residents[number % 2]
-        address = incoming.address
+        address = incoming.weights.address
         swap_in(incoming, str(number))
         found = answers(incoming, number * 100)
         assert found == first.setdefault(incoming.model, found)
-        assert incoming.address == address
+        assert incoming.weights.address == address
         incoming.move(EngineStatus.DRAINING)
         incoming.move(EngineStatus.STAGED)
         incoming.evict()

@@ -114,3 +114,42 @@ def test_profiles_and_export(node: ScriptedNode, gpuctl: Run) -> None:
     assert row.split() == ["1", "3g.71gb", "70.0", "GiB", "60", "3/7", "4/8", "2", "0", "4"]
     assert gpuctl("part", "export").out == "version: 1\n"
     assert json.loads(gpuctl("part", "export", "-o", "json").out) == {"text": "version: 1\n"}
+
+
+def test_apply_carries_out_the_plan_it_has_shown(
+    node: ScriptedNode, gpuctl: Run, layout: str
+) -> None:
+    node.layout_plan = PLAN
+    done = gpuctl("part", "apply", "-f", layout, "--request-id", "one")
+    assert (done.code, done.err) == (0, "")
+    assert "plan-1: predicted downtime" in done.out
+    assert done.out.splitlines()[-1] == (
+        "destroyed gpu1; created gpu1/3g.71gb@4; a@1 lost their place and are brought back"
+    )
+    request = node.last(partition_pb2.ApplyLayoutRequest)
+    assert (request.plan_id, request.request_id, request.validate_only) == ("plan-1", "one", False)
+    done = gpuctl("part", "apply", "plan-7", "--dry-run")
+    assert done.out == "plan-7 can be applied; nothing was changed\n"
+    request = node.last(partition_pb2.ApplyLayoutRequest)
+    assert (request.plan_id, request.validate_only) == ("plan-7", True)
+    done = gpuctl("part", "apply", "plan-7", "-o", "json")
+    assert json.loads(done.out)["response"]["created"] == ["gpu1/3g.71gb@4"]
+
+
+def test_apply_wants_a_file_or_an_id_and_tells_of_a_stale_one(
+    node: ScriptedNode, gpuctl: Run, layout: str
+) -> None:
+    assert gpuctl("part", "apply").code == 2
+    assert gpuctl("part", "apply", "plan-1", "-f", layout).code == 2
+    node.refusals["ApplyLayout"] = Refusal(Reason.PLAN_STALE, "the GPUs are no longer cut so")
+    done = gpuctl("part", "apply", "plan-1")
+    assert (done.code, "no longer cut so" in done.err) == (4, True)
+
+
+def test_assert_is_an_exit_code(node: ScriptedNode, gpuctl: Run, layout: str) -> None:
+    done = gpuctl("part", "assert", "-f", layout)
+    assert (done.code, done.out) == (0, "as the file says\n")
+    node.layout_plan = PLAN
+    done = gpuctl("part", "assert", "-f", layout)
+    assert (done.code, done.out.splitlines()[-1]) == (1, "+ gpu1/3g.71gb@4")
+    assert "ApplyLayout" not in node.calls

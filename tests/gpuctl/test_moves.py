@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from google.longrunning.operations_proto_pb2 import Operation
 from hotbay.reasons import Reason
-from hotbay.v1 import common_pb2, model_pb2
+from hotbay.v1 import common_pb2, model_pb2, node_pb2
 
-from daemon.gpuctl.follow import ledger_lines
+from daemon.gpuctl.follow import ledger_lines, plan_lines
 from daemon.gpuctl.moves import swap_sentence
 from tests.gpuctl.conftest import Run
 from tests.support.scripted_node import GIB, Refusal, ScriptedNode
@@ -65,6 +65,44 @@ def test_the_sentence_and_the_ledger_tell_what_was_preserved() -> None:
     assert "requests:  0 lost, 0 finished, 3 kept, 2 with their KV" in lines
     assert any(line.startswith("parked:") for line in lines)
     assert any(line.startswith("unparked:") for line in lines)
+
+
+def test_a_swap_or_load_may_be_queued(node: ScriptedNode, gpuctl: Run) -> None:
+    assert gpuctl("swap", "prose", "code", "--queue").code == 0
+    assert node.last(model_pb2.SwapModelRequest).queue
+    assert gpuctl("load", "code", "--queue").code == 0
+    assert node.last(model_pb2.LoadModelRequest).queue
+    assert gpuctl("load", "code").code == 0
+    assert not node.last(model_pb2.LoadModelRequest).queue
+
+
+def test_staging_and_how_it_is_undone(node: ScriptedNode, gpuctl: Run) -> None:
+    done = gpuctl("stage", "code", "--partition", "gpu0")
+    assert done.code == 0, done.err
+    assert "undo:      gpuctl unload code" in done.out.splitlines()
+    assert done.out.splitlines()[-1].startswith("staged code on gpu0")
+    request = node.last(model_pb2.StageModelRequest)
+    assert (request.model, request.partition) == ("code", "gpu0")
+    assert (request.layers, request.weights_bytes) == (0, 0)
+    assert gpuctl("stage", "code", "--layers", "3").code == 0
+    assert node.last(model_pb2.StageModelRequest).layers == 3
+    assert gpuctl("stage", "code", "--bytes", "4096").code == 0
+    assert node.last(model_pb2.StageModelRequest).weights_bytes == 4096
+
+
+def test_calibrating_says_each_rate(node: ScriptedNode, gpuctl: Run) -> None:
+    done = gpuctl("calibrate")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == (
+        "measured gpu0 50.00 GB/s to the device, 40.00 GB/s from it"
+    )
+    assert node.last(node_pb2.CalibrateRequest).partition == ""
+
+
+def test_a_plan_says_what_it_parks() -> None:
+    assert not any("parks:" in line for line in plan_lines(common_pb2.SwapPlan()))
+    lines = plan_lines(common_pb2.SwapPlan(parked_bytes=GIB))
+    assert "parks:     up to 1.00 GiB of KV in host memory, beside the copy" in lines
 
 
 def test_a_dry_run_shows_the_plan_and_changes_nothing(node: ScriptedNode, gpuctl: Run) -> None:

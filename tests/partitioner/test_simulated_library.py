@@ -10,11 +10,9 @@ import pytest
 
 from partitioner.catalogue import load_catalogue
 from partitioner.errors import SimulationError
-from partitioner.simulated.calls import CALLS
 from partitioner.simulated.install import installed
-from partitioner.simulated.mig_calls import MIG_CALLS
 from partitioner.simulated.node import MIB, Fault, SimulatedNode
-from partitioner.simulated.nvml_library import SimulatedLibrary
+from partitioner.simulated.nvml_library import TABLES, SimulatedLibrary
 from partitioner.simulation import GpuSpec, NodeSpec, ProcessSpec, parse_simulate
 
 
@@ -47,7 +45,7 @@ def test_what_the_board_lacks_and_what_no_driver_has_differ(node: SimulatedNode)
 
 def test_every_symbol_refuses_calls_before_init_or_needs_none(node: SimulatedNode) -> None:
     library = SimulatedLibrary(node)
-    for name, (signature, _) in (*CALLS.items(), *MIG_CALLS.items()):
+    for name, (signature, _) in TABLES.items():
         buffer = ctypes.create_string_buffer(256)
         arguments = [96 if kind == "u" else buffer for kind in signature]
         code = getattr(library, name)(*arguments)
@@ -63,7 +61,7 @@ def test_null_pointers_and_foreign_handles_are_refused(node: SimulatedNode) -> N
     assert library.nvmlInit_v2() == pynvml.NVML_SUCCESS
     refused = pynvml.NVML_ERROR_INVALID_ARGUMENT
     out = ctypes.c_uint()
-    for name, (signature, _) in (*CALLS.items(), *MIG_CALLS.items()):
+    for name, (signature, _) in TABLES.items():
         if name.startswith("nvmlDevice"):
             nothing = [0 if kind == "u" else None for kind in signature]
             assert getattr(library, name)(*nothing) == refused, name

@@ -27,12 +27,30 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "daemon.gpuctl": ("hotbay",),
     "daemon": (),
 }
+# hotbayd's folders: each may import those named here, and the modules of CONTROL_BASE.
+CONTROL_ARROWS: dict[str, tuple[str, ...]] = {
+    "processes": (),
+    "state": ("processes",),
+    "actions": ("state", "processes"),
+    "services": ("actions", "state", "processes"),
+}
+CONTROL_BASE = ("config", "errors", "failpoints", "lock", "notify", "processor")
+CONTROL_TOP = (["main"], ["lifetime"], ["node"])
 OURS = {"hotbay", "partitioner", "swap", "engine", "daemon"}
 WITHOUT_TORCH = (
     "daemon.control.main",
     "daemon.gateway.main",
     "daemon.gpuctl.main",
     "engine.builder",
+    "engine.pull.process",
+)
+# Programs that never speak to a hub themselves.
+WITHOUT_HUB = (
+    "daemon.control.main",
+    "daemon.gateway.main",
+    "daemon.gpuctl.main",
+    "engine.builder",
+    "engine.worker.main",
 )
 
 
@@ -81,6 +99,25 @@ def test_every_import_follows_an_arrow() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_folders_of_the_daemon_import_one_way() -> None:
+    wrong = []
+    for module, path in modules().items():
+        parts = module.split(".")
+        if parts[:2] != ["daemon", "control"] or parts[2:3] in (
+            [],
+            ["main"],
+            ["lifetime"],
+            ["node"],
+        ):
+            continue
+        allowed = (*CONTROL_BASE, *CONTROL_ARROWS.get(parts[2], ()), parts[2])
+        for name in imported(path, module):
+            target = name.split(".")
+            if target[:2] == ["daemon", "control"] and target[2:3] and target[2] not in allowed:
+                wrong.append(f"{module} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_walk_finds_every_package() -> None:
     assert {name.split(".")[0] for name in modules()} == OURS
 
@@ -103,3 +140,23 @@ def test_a_process_that_must_not_load_torch_does_not(module: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", WITHOUT_HUB)
+def test_only_the_puller_loads_the_hub_client(module: str) -> None:
+    code = f"import {module}, sys; print('huggingface_hub' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
+
+
+def test_only_the_puller_names_the_hub_client() -> None:
+    clients = ("huggingface_hub", "httpx2")
+    named = {
+        module
+        for module, path in modules().items()
+        if any(is_within(name, client) for name in imported(path, module) for client in clients)
+    }
+    assert named == {"engine.pull.hub"}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import hashlib
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -22,15 +21,15 @@ import msgspec
 
 from daemon.control.config import Config, load
 from daemon.control.errors import CallRefused
-from daemon.control.gateway_client import GatewayClient
-from daemon.control.journal import Journal
 from daemon.control.node import Node
 from daemon.control.notify import Notifier, boot_id
-from daemon.control.place import Commands, FleetEvents
-from daemon.control.processes import ProcessInfo
-from daemon.control.worker_client import WorkerClient
+from daemon.control.processes.child import ProcessInfo
+from daemon.control.processes.gateway_client import GatewayClient
+from daemon.control.processes.place import Commands, FleetEvents
+from daemon.control.processes.worker_client import WorkerClient
+from daemon.control.state.journal import Journal
 from engine.link import control, routes
-from engine.link.build import Built, Inspected, Restore
+from engine.link.build import Build, Built, Inspected, Restore, Touch
 from engine.link.control import EngineState, EngineStatus, ExchangeResult, Ledger, Stage
 from engine.link.peer import Peer
 from partitioner.bounded import BoundedNvml
@@ -38,17 +37,16 @@ from partitioner.simulated.install import installed
 from partitioner.simulated.node import SimulatedNode
 from partitioner.simulation import parse_simulate
 from swap.cached_image import restore_image, save_image
+from swap.checksum import checksum_of
 from swap.errors import SwapError
-from swap.image import (
-    TensorRecipe,
-    complete,
-    plan_image,
-    segment_bytes,
-    write_manifest,
-)
+from swap.image import TensorRecipe, complete, plan_image, segment_bytes
 from swap.segment import Segment
+from swap.writing import write_manifest
+from tests.support.pullers import Pullers
 
 PAGE_BYTES = 2 << 20
+STAGED_BYTES = 1 << 20
+"""Weights of a scripted model, unless a test gives it others."""
 STAGES = (Stage.PLANNING, Stage.DRAINING, Stage.EVICTING, Stage.COPYING, Stage.VERIFYING)
 
 
@@ -136,7 +134,9 @@ class Worker(Listening):
         self.exchanging = ""
         self.exchanged: ExchangeResult | None = None
         self.abandoned = False
+        self.runtime = "scripted"
         self.exchanges: list[control.Exchange] = []
+        self.stagings: list[control.StageWeights] = []
 
     def state(self, call: int = 0) -> control.WorkerState:
         return control.WorkerState(
@@ -180,6 +180,26 @@ class Worker(Listening):
                     os.close(self.images.pop(message.digest))
             case control.Exchange():
                 await self._exchange(message)
+                return
+            case control.StageWeights(operation=operation, incoming=spec):
+                self.stagings.append(message)
+                self.reply(control.StageReached(operation, Stage.COPYING, 1, 2))
+                staged_bytes = message.bytes_max or STAGED_BYTES
+                self.become(
+                    spec.model,
+                    EngineStatus.STAGED,
+                    digest=spec.digest,
+                    spare=True,
+                    staged_bytes=staged_bytes,
+                    copy_bytes=STAGED_BYTES - staged_bytes,
+                )
+                self.reply(self.state())
+                ledger = Ledger(copy_ms=2.0, total_ms=3.0, copied_bytes=1000)
+                result = ExchangeResult(operation, spec.model, "", ledger=ledger)
+                self.reply(control.Exchanged(message.call, result))
+                return
+            case control.MeasureLink():
+                self.reply(control.LinkMeasured(message.call, 2e9, 1e9))
                 return
             case control.Abandon():
                 self.abandoned = True
@@ -227,9 +247,16 @@ class Worker(Listening):
                 else:
                     self.become(model, EngineStatus.STANDBY)
             if message.incoming is not None:
-                self.become(incoming, EngineStatus.ACTIVE, digest=message.incoming.digest)
+                self.become(
+                    incoming, EngineStatus.ACTIVE, digest=message.incoming.digest, spare=False
+                )
             ledger = Ledger(copy_ms=2.0, total_ms=3.0, copied_bytes=1000, link_bytes_per_s=1e6)
-            result = ExchangeResult(message.operation, incoming, outgoing, ledger=ledger)
+            record = None
+            if message.canary is not None and self.runtime not in message.canary.expected:
+                record = control.CanaryRecord(self.runtime, message.canary.prompt[::-1])
+            result = ExchangeResult(
+                message.operation, incoming, outgoing, ledger=ledger, canary=record
+            )
         self.exchanging, self.exchanged = "", result
         self.reply(self.state())
         self.reply(control.Exchanged(message.call, result))
@@ -325,6 +352,9 @@ class Builders:
     restores: list[str] = field(default_factory=list)
     saves: list[Path] = field(default_factory=list)
     pause_save: asyncio.Event | None = None
+    touches: list[int] = field(default_factory=list)
+    pause_touch: asyncio.Event | None = None
+    refuse_touch: CallRefused | None = None
 
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncIterator[Builders]:
@@ -373,8 +403,20 @@ class Builders:
             await self.pause_save.wait()
         save_image(Segment(descriptor), path)
 
+    async def tokenize(self, directory: Path, text: str) -> tuple[int, ...]:
+        return tuple(len(word) for word in text.split())
+
+    async def touch(self, request: Touch, descriptor: int) -> None:
+        size_bytes = os.fstat(descriptor).st_size
+        self.touches.append(size_bytes)
+        if self.pause_touch is not None:
+            await self.pause_touch.wait()
+        if self.refuse_touch is not None:
+            raise self.refuse_touch
+        os.pwrite(descriptor, bytes(size_bytes), 0)
+
     async def build(
-        self, descriptor: int, threads: int, on_progress: Callable[[int, int], None]
+        self, request: Build, descriptor: int, on_progress: Callable[[int, int], None]
     ) -> Built:
         directory = self._directory
         self.builds.append(directory.parent.name)
@@ -384,7 +426,7 @@ class Builders:
         if self.refuse is not None:
             raise self.refuse
         layout = self.layout(directory)
-        zeros = hashlib.sha256(bytes(layout.weights_bytes)).hexdigest()[:32]
+        zeros = checksum_of(bytes(layout.weights_bytes))
         manifest = complete(layout, {"w": zeros})
         write_manifest(descriptor, manifest)
         segment = Segment(descriptor)
@@ -397,7 +439,10 @@ class StageFleet:
 
     def __init__(self, root: Path, partitions: tuple[str, ...], events: FleetEvents) -> None:
         self._root = root
-        self._partitions = partitions
+        self._partitions = list(partitions)
+        self._started = False
+        self._connecting: dict[str, asyncio.Task[None]] = {}
+        self.removed: list[str] = []
         self._events = events
         self._clients: dict[str, WorkerClient] = {}
         self._gateway: GatewayClient | None = None
@@ -424,6 +469,7 @@ class StageFleet:
             on_closed=lambda error: None,
         )
         await self._events.gateway_up(self._gateway, True)
+        self._started = True
         for partition in self._partitions:
             await self.connect(partition)
 
@@ -436,6 +482,23 @@ class StageFleet:
         )
         self._clients[partition] = client
         await self._events.worker_up(client, True)
+
+    def add(self, partition: str) -> None:
+        if partition not in self._partitions:
+            self._partitions.append(partition)
+            if self._started:
+                self._connecting[partition] = asyncio.create_task(self.connect(partition))
+
+    async def settled(self, partition: str) -> None:
+        if partition in self._connecting:
+            await self._connecting[partition]
+
+    async def remove(self, partition: str, drain_timeout_s: float) -> None:
+        self.removed.append(partition)
+        self._partitions.remove(partition)
+        if partition in self._clients:
+            await self.lose(partition)
+            del self._clients[partition]
 
     async def lose(self, partition: str) -> None:
         await self._clients[partition].close()
@@ -465,11 +528,14 @@ class Theatre:
             for index in range(gpus)
         }
         self.builders = Builders()
+        self.pullers = Pullers()
         self.repository = root / "repository"
         self.repository.mkdir()
         self.settings = settings
         self.node: Node
-        self._simulated = installed(SimulatedNode(parse_simulate(f"h200x{gpus}")))
+        self.board = SimulatedNode(parse_simulate(f"h200x{gpus}"))
+        """Outlives the node, as a real board does."""
+        self._simulated = installed(self.board)
         self._simulated.__enter__()
         self._nvml: BoundedNvml
 
@@ -499,7 +565,7 @@ class Theatre:
             "state_dir": str(self.root / "state"),
             "runtime_dir": str(self.root / "run"),
             "repository": str(self.repository),
-            "simulate": f"h200x{len(self.workers)}",
+            "simulate": f"h200x{len(self.board.gpus)}",
         }
         return load(path, overrides, {})
 
@@ -524,6 +590,7 @@ class Theatre:
             "test",
             make_fleet=make_fleet,
             builders=self.builders,
+            pullers=self.pullers,
         )
         await self.node.start()
         return self.node

@@ -17,6 +17,7 @@ from swap.host_device import HostDevice
 
 MIB = 1 << 20
 FAKE = "cuda over a fake driver"
+KEPT = "cuda over a fake driver, mappings kept"
 NEEDS_GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
@@ -39,9 +40,14 @@ def device_factory(kind: str) -> Iterator[DeviceFactory]:
     def make(pages: int, page_bytes: int = 2 * MIB, **options: Any) -> Any:
         if kind == "host":
             device: Any = HostDevice(pages * page_bytes, page_bytes=page_bytes, **options)
-        elif kind == FAKE:
+        elif kind in (FAKE, KEPT):
             drivers.append(FakeDriver(**options))
-            device = ReadableCuda(pages * page_bytes, page_bytes=page_bytes, driver=drivers[-1])
+            device = ReadableCuda(
+                pages * page_bytes,
+                page_bytes=page_bytes,
+                driver=drivers[-1],
+                keep_mappings=kind == KEPT,
+            )
         else:
             if options:
                 pytest.skip("a real link cannot be throttled")

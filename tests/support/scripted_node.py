@@ -241,6 +241,16 @@ class NodeAnswers(Answers, node_pb2_grpc.NodeServiceServicer):
         self.node.take("ListGpus", request, context)
         return self.node.gpus
 
+    def Calibrate(self, request: Any, context: Any) -> Operation:
+        self.node.take("Calibrate", request, context)
+        link = node_pb2.LinkRate(
+            partition=PARTITION,
+            host_to_device_bytes_per_second=50e9,
+            device_to_host_bytes_per_second=40e9,
+        )
+        metadata = model_pb2.OperationMetadata(kind="calibrate", request_id=request.request_id)
+        return self.node.begin(metadata, node_pb2.CalibrateResponse(links=[link]))
+
 
 class PartitionAnswers(Answers, partition_pb2_grpc.PartitionServiceServicer):
     def ListPartitions(self, request: Any, context: Any) -> partition_pb2.ListPartitionsResponse:
@@ -254,6 +264,16 @@ class PartitionAnswers(Answers, partition_pb2_grpc.PartitionServiceServicer):
     def PlanLayout(self, request: Any, context: Any) -> partition_pb2.LayoutPlan:
         self.node.take("PlanLayout", request, context)
         return self.node.layout_plan
+
+    def ApplyLayout(self, request: Any, context: Any) -> Operation:
+        self.node.take("ApplyLayout", request, context)
+        response = partition_pb2.ApplyLayoutResponse(
+            plan_id=request.plan_id, created=["gpu1/3g.71gb@4"], destroyed=["gpu1"], moved=["a@1"]
+        )
+        if request.validate_only:
+            return Operation(done=True, response=packed(response))
+        metadata = model_pb2.OperationMetadata(kind="layout", request_id=request.request_id)
+        return self.node.begin(metadata, response)
 
     def ListProfiles(self, request: Any, context: Any) -> partition_pb2.ListProfilesResponse:
         self.node.take("ListProfiles", request, context)
@@ -336,6 +356,9 @@ class ModelAnswers(Answers, model_pb2_grpc.ModelServiceServicer):
             for each in model.versions:
                 each.pinned = request.pinned
         return model
+
+    def StageModel(self, request: Any, context: Any) -> Operation:
+        return self._change("StageModel", request, context)
 
     def ResumeModel(self, request: Any, context: Any) -> Operation:
         return self._change("ResumeModel", request, context)

@@ -49,11 +49,11 @@ class BuiltImage:
         return self.manifest.digest
 
 
-def build_segment(directory: Path, dtype: str = "float32") -> BuiltImage:
+def build_segment(directory: Path, dtype: str = "float32", piece_weights: int = 0) -> BuiltImage:
     """Build a checkpoint's image into a segment of its own."""
     spec = ModelSpec.from_directory(directory)
     recipes = image_recipes(spec)
-    layout = plan_image(recipes, dtype, spec.to_dict())
+    layout = plan_image(recipes, dtype, spec.to_dict(), piece_weights=piece_weights)
     segment = Segment.create(segment_bytes(layout), directory.name)
     with Checkpoint.open(directory) as checkpoint:
         return BuiltImage(segment, build_image(checkpoint, recipes, layout, segment))
@@ -333,6 +333,7 @@ def load(model: str, image: BuiltImage, operation: str = "load", **values: Any) 
             context_tokens=values.pop("context_tokens", 256),
             running_requests_max=values.pop("running_requests_max", 32),
             waiting_requests_max=values.pop("waiting_requests_max", 256),
+            weight=values.pop("weight", 1.0),
         ),
         in_flight=values.pop("in_flight", InFlight.DRAIN),
         **values,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -13,16 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from swap.image import (
-    Manifest,
-    TensorRecipe,
-    complete,
-    plan_image,
-    segment_bytes,
-    write_all,
-    write_manifest,
-)
+from swap.checksum import checksum_of
+from swap.image import Manifest, TensorRecipe, complete, plan_image, segment_bytes
 from swap.segment import Segment
+from swap.writing import write_all, write_manifest
 from tests.support.devices import DeviceFactory, device_factory
 
 MIB = 1 << 20
@@ -80,7 +73,7 @@ def make_image() -> Iterator[Callable[..., tuple[Manifest, Segment]]]:
         for entry in layout.tensors:
             content = source.randbytes(entry.size_bytes)
             write_all(segment.descriptor, content, entry.offset_bytes)
-            checksums[entry.name] = hashlib.sha256(content).hexdigest()[:32]
+            checksums[entry.name] = checksum_of(content)
         manifest = complete(layout, checksums)
         write_manifest(segment.descriptor, manifest)
         segment.seal()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,55 @@ def test_a_thousand_cycles_leave_nothing_behind(make_device):
     assert len(os.listdir("/proc/self/fd")) == descriptors
     # The interpreter's own allocator may come and go by a mapping or two; a leak is thousands.
     assert _mappings() <= mappings + 4
+
+
+def test_pages_that_were_taken_are_mapped_by_any_thread_once(make_device):
+    pool = PagePool(make_device(8))
+    region = Region(pool, "KV", 8 * PAGE)
+    region.grow(1)
+    growth = region.begin_grow(3)
+    # The account is of now, the mapping of when somebody does it.
+    assert (region.mapped_pages, region.growing_pages, pool.owners()) == (1, 3, {"KV": 4})
+    threads = [threading.Thread(target=growth.run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert growth.ended
+    assert (region.mapped_pages, region.growing_pages, pool.owners()) == (4, 0, {"KV": 4})
+    view_of(region.address, 4 * PAGE)[-1] = 1
+    for change in (lambda: region.grow(1), lambda: region.shrink(1), region.release):
+        region.begin_grow(1)  # whatever comes next waits for it
+        change()
+    assert pool.free_pages == 8
+
+
+def test_a_growth_that_fails_has_never_been(make_device, monkeypatch):
+    device = make_device(8)
+    pool = PagePool(device)
+    region = Region(pool, "KV", 8 * PAGE)
+    region.grow(2)
+
+    def refuse(address, pages):
+        raise DeviceError("no memory left")
+
+    monkeypatch.setattr(device, "map", refuse)
+    growth = region.begin_grow(3)
+    with pytest.raises(DeviceError):
+        growth.run()
+    growth.run()
+    assert (region.mapped_pages, region.growing_pages, pool.owners()) == (2, 0, {"KV": 2})
+    region.begin_grow(3)
+    with pytest.raises(DeviceError):
+        region.settle()
+    region.begin_grow(3)
+    region.shrink(1)  # for which it matters to nobody
+    assert pool.owners() == {"KV": 1}
+    others = pool.take("others", 1)
+    with pytest.raises(InsufficientDeviceMemory):
+        region.begin_grow(7)
+    assert (region.growing_pages, pool.owners()) == (0, {"KV": 1, "others": 1})
+    pool.give_back("others", others)
+    monkeypatch.undo()
+    region.release()
+    assert pool.free_pages == 8

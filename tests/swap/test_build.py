@@ -14,7 +14,8 @@ import swap.checkpoint
 from swap.build import build_image, check_sources
 from swap.checkpoint import Checkpoint
 from swap.errors import BuildCancelled, CheckpointInvalid, CorruptWeights, InsufficientHostMemory
-from swap.image import TensorRecipe, plan_image, read_manifest, segment_bytes, verify_image
+from swap.image import TensorRecipe, plan_image, read_manifest, segment_bytes
+from swap.image_check import verify_image
 from swap.segment import Segment
 
 RECIPES = (

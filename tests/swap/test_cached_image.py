@@ -15,7 +15,8 @@ import swap.cached_image
 import swap.direct_file
 from swap.cached_image import PARTIAL_SUFFIX, restore_image, save_image
 from swap.errors import BuildCancelled, CacheFailed, CorruptWeights, InsufficientHostMemory
-from swap.image import read_manifest, segment_bytes, verify_image
+from swap.image import read_manifest, segment_bytes
+from swap.image_check import verify_image
 from swap.segment import Segment
 
 

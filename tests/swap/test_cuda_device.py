@@ -19,6 +19,7 @@ from swap.cuda_driver import (
     NOT_INITIALIZED,
     CudaDriver,
     DriverError,
+    Rows,
 )
 from swap.device import REGISTER_BYTES_MAX
 from swap.errors import DeviceError, DeviceMisuse, InsufficientDeviceMemory
@@ -38,7 +39,7 @@ def driver():
 
 @pytest.fixture
 def device(driver):
-    opened = CudaDevice(8 * PAGE, page_bytes=PAGE, driver=driver)
+    opened = CudaDevice(8 * PAGE, page_bytes=PAGE, driver=driver, keep_mappings=False)
     yield opened
     opened.synchronize()
     opened.close()
@@ -269,7 +270,7 @@ def test_memory_that_is_not_mapped_faults(tmp_path):
 import ctypes
 from swap.cuda_device import CudaDevice
 from swap.fake_driver import FakeDriver
-device = CudaDevice(8 << 20, page_bytes=2 << 20, driver=FakeDriver())
+device = CudaDevice(8 << 20, page_bytes=2 << 20, driver=FakeDriver(), keep_mappings=False)
 base = device.reserve(2 << 20)
 device.map(base, (0,))
 ctypes.memset(base, 1, 2 << 20)
@@ -335,7 +336,28 @@ def test_the_real_calls_have_the_arguments_that_the_bindings_take():
     driver.host_register(1, 2, read_only=True)
     assert made[-1] == ("cuMemHostRegister", (1, 2, 8))
     assert driver.stream_create() == driver.event_create() == 4096
-    assert [arguments for _, arguments in made[-2:]] == [(1,), (2,)]
+    assert [arguments for _, arguments in made[-2:]] == [(1,), (3,)]
+    driver.stream_wait_event(5, 6)
+    assert made[-1] == ("cuStreamWaitEvent", (5, 6, 0))
+    for to_host in (False, True):
+        driver.memcpy_rows(Rows(4096, 180, 8192, 64, 5), 7, to_host=to_host)
+        name, (copy, stream) = made[-1]
+        assert (name, stream) == ("cuMemcpy2DAsync", 7)
+        assert (copy.WidthInBytes, copy.Height) == (64, 5)
+        host, card = bindings.CUmemorytype(1), bindings.CUmemorytype(2)
+        assert (copy.srcMemoryType, copy.dstMemoryType) == (
+            (card, host) if to_host else (host, card)
+        )
+        device = (
+            (int(copy.srcDevice), copy.srcPitch)
+            if to_host
+            else (int(copy.dstDevice), copy.dstPitch)
+        )
+        assert device == (4096, 180)
+        pinned = (copy.dstHost, copy.dstPitch) if to_host else (copy.srcHost, copy.srcPitch)
+        assert pinned == (8192, 64)
+    assert driver.pitch_bytes_max(0) == 4096
+    assert int(made[-1][1][0]) == 11
     assert int(bindings.CU_STREAM_LEGACY) == DEFAULT_STREAM
 
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from swap.cuda_driver import DEFAULT_STREAM, DriverError
+from swap.cuda_driver import DEFAULT_STREAM, DriverError, Rows
 from swap.fake_driver import FakeDriver
 from swap.segment import Segment
 from swap.virtual_memory import view_of
@@ -58,6 +58,13 @@ def mapped(driver):
         (lambda d, b, h: d.memcpy_to_device(b + 2 * PAGE, b, 1, 1), "INVALID_VALUE"),
         (lambda d, b, h: d.memcpy_to_device(b, b, 0, 1), "INVALID_VALUE"),
         (lambda d, b, h: d.memcpy_to_device(b, b, 1, 99), "INVALID_HANDLE"),
+        (lambda d, b, h: d.memcpy_rows(Rows(b, 9, b, 10, 2), 1, to_host=False), "INVALID_VALUE"),
+        (
+            lambda d, b, h: d.memcpy_rows(Rows(b, 1 << 31, b, 1, 1), 1, to_host=True),
+            "INVALID_VALUE",
+        ),
+        (lambda d, b, h: d.memcpy_rows(Rows(b, PAGE, b, 8, 3), 1, to_host=True), "INVALID_VALUE"),
+        (lambda d, b, h: d.stream_wait_event(1, 5), "INVALID_HANDLE"),
         (lambda d, b, h: d.host_unregister(b), "HOST_MEMORY_NOT_REGISTERED"),
         (lambda d, b, h: d.host_register(b + 3 * PAGE, MIB, read_only=True), "INVALID_VALUE"),
         (lambda d, b, h: d.event_record(5, 1), "INVALID_HANDLE"),

@@ -17,6 +17,7 @@ KIB = 1 << 10
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageCache:
     monkeypatch.setattr(swap.image_cache, "FREE_BYTES_MIN", 0)
+    monkeypatch.setattr(swap.image_cache, "FREE_SHARE_MIN", 0.0)
     made = ImageCache(tmp_path / "images", 10 * KIB)
     made.open()
     return made
@@ -95,13 +96,20 @@ def test_a_full_disk_is_kept_usable_for_others(
     class Disk:
         f_frsize = KIB
         f_bavail = 3
+        f_blocks = 10
 
+    monkeypatch.setattr(swap.image_cache, "FREE_SHARE_MIN", 0.0)
     monkeypatch.setattr(swap.image_cache.os, "statvfs", lambda _: Disk)
     cache.make_room(4 * KIB)
     assert kept(cache) == "b"
     with pytest.raises(CacheFailed, match="free 2048 bytes"):
         cache.make_room(7 * KIB)
     assert kept(cache) == "b"
+    monkeypatch.setattr(swap.image_cache, "FREE_SHARE_MIN", 0.2)
+    cache.make_room(KIB)
+    assert kept(cache) == "b"  # 2 of 3 KiB stay free
+    with pytest.raises(CacheFailed, match="2048 are left free"):
+        cache.make_room(4 * KIB)
 
 
 def test_opening_forgets_what_was_half_written_and_keeps_the_budget(cache: ImageCache) -> None:

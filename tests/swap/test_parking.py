@@ -11,7 +11,6 @@ import pytest
 
 from swap.arena import PagePool, Region
 from swap.errors import DeviceMisuse, TransferCancelled
-from swap.host_device import HostDevice
 from swap.parking import ParkingArea
 from swap.transfer import Transfer
 from swap.virtual_memory import view_of
@@ -78,13 +77,12 @@ def test_rows_are_gathered_and_spread(make_device, row_bytes: int) -> None:
     whole[:1000] = bytes(place % 251 for place in range(1000))
     buffer = ctypes.create_string_buffer(5 * row_bytes)
     address = ctypes.addressof(buffer)
-    device.copy_out_rows(address, base + 3, row_bytes, 5, 180)
+    device.wait(device.copy_out_rows(address, base + 3, row_bytes, 5, 180))
     rows = [bytes(whole[3 + 180 * row : 3 + 180 * row + row_bytes]) for row in range(5)]
     assert buffer.raw == b"".join(rows)
     into = base + PAGE
     whole[PAGE : PAGE + 5 * 180] = b"\xff" * 5 * 180
-    device.copy_in_rows(into, address, row_bytes, 5, 180)
-    device.synchronize()
+    device.wait(device.copy_in_rows(into, address, row_bytes, 5, 180))
     for row in range(5):
         start = PAGE + row * 180
         assert bytes(whole[start : start + row_bytes]) == rows[row]
@@ -99,13 +97,11 @@ def test_rows_are_gathered_and_spread(make_device, row_bytes: int) -> None:
 def test_pages_are_not_unmapped_while_they_are_copied_out(make_device, stepped_clock) -> None:
     clock = stepped_clock(blocking=True)
     device = make_device(1, link_bytes_per_s=1.0, clock=clock)
-    if not isinstance(device, HostDevice):
-        pytest.skip("there every row is a copy of its own, and paced as one")
     base = device.reserve(PAGE)
     device.map(base, (0,))
     buffer = ctypes.create_string_buffer(64)
     arguments = (ctypes.addressof(buffer), base, 8, 8, 16)
-    thread = threading.Thread(target=device.copy_out_rows, args=arguments)
+    thread = threading.Thread(target=lambda: device.wait(device.copy_out_rows(*arguments)))
     thread.start()
     assert clock.asleep.acquire(timeout=20)
     with pytest.raises(DeviceMisuse, match="running"):

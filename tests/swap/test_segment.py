@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from swap.errors import CorruptWeights, DeviceError
-from swap.image import write_all
 from swap.segment import Segment
+from swap.writing import write_all
 
 
 def _open() -> set[str]:

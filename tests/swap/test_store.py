@@ -10,15 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from swap.errors import CorruptWeights, ImageInUse, ImageUnknown, InsufficientHostMemory
-from swap.image import (
-    TensorRecipe,
-    complete,
-    plan_image,
-    segment_bytes,
-    write_manifest,
-)
+from swap.image import TensorRecipe, complete, plan_image, segment_bytes
 from swap.segment import Segment
 from swap.store import HostStore, Reservation
+from swap.writing import write_manifest
 
 
 def image_of(seed: int) -> tuple[str, Segment]:

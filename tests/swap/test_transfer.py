@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import swap.transfer
 from swap.arena import PagePool, Region
 from swap.errors import (
     DeviceError,
@@ -19,6 +18,7 @@ from swap.errors import (
     TransferCancelled,
     TransferFailed,
 )
+from swap.shared_link import SharedLink
 from swap.transfer import Transfer, measure_link
 from swap.virtual_memory import view_of
 
@@ -28,7 +28,7 @@ PAGE = 2 << 20
 @pytest.fixture
 def small_copies(monkeypatch):
     """One copy call per 4096 bytes, so that images of a few layers take several."""
-    monkeypatch.setattr(swap.transfer, "COPY_BYTES_MAX", 4096)
+    monkeypatch.setattr(Transfer, "copy_bytes_max", 4096)
 
 
 @pytest.fixture
@@ -36,14 +36,15 @@ def stage(make_device, make_image):
     """A transfer ready to start, over a device with the options given."""
     opened = []
 
-    def prepare(**options):
+    def prepare(transfer=None, **options):
         manifest, segment = make_image()
         pool = PagePool(make_device(4, **options))
         region = Region(pool, "weights", manifest.weights_bytes)
         region.grow(region.pages_max)
         mapping = segment.map()
         opened.append(mapping)
-        return Transfer(pool.device, manifest, mapping, region), manifest, mapping, region
+        made = Transfer(pool.device, manifest, mapping, region, **transfer or {})
+        return made, manifest, mapping, region
 
     yield prepare
     for mapping in opened:
@@ -165,19 +166,20 @@ def test_a_region_or_source_that_is_too_small_is_refused(stage):
     assert not transfer.complete
 
 
-def test_measuring_the_link_leaves_nothing_behind(make_device):
+@pytest.mark.parametrize("outward", [False, True])
+def test_measuring_the_link_leaves_nothing_behind(make_device, outward):
     device = make_device(4)
     pool = PagePool(device)
     descriptors = len(os.listdir("/proc/self/fd"))
-    assert measure_link(pool, 3 * PAGE - 5) > 1e6
+    assert measure_link(pool, 3 * PAGE - 5, outward=outward) > 1e6
     assert device.statistics().copied_bytes == 6 * (3 * PAGE - 5)
     # With less room than asked for, it measures with what there is.
     held = pool.take("model", 3)
-    assert measure_link(pool, 64 * PAGE) > 1e6
+    assert measure_link(pool, 64 * PAGE, outward=outward) > 1e6
     pool.give_back("model", held)
     pool.take("model", 4)
     with pytest.raises(InsufficientDeviceMemory):
-        measure_link(pool, PAGE)
+        measure_link(pool, PAGE, outward=outward)
     statistics = device.statistics()
     assert (statistics.pages_mapped, statistics.reservations) == (0, 0)
     assert pool.owners() == {"model": 4}
@@ -185,9 +187,11 @@ def test_measuring_the_link_leaves_nothing_behind(make_device):
     assert "hotbay-image" not in Path("/proc/self/maps").read_text()
 
 
-def test_measuring_a_throttled_link_finds_the_throttle(make_device):
+@pytest.mark.parametrize("outward", [False, True])
+def test_measuring_a_throttled_link_finds_the_throttle(make_device, outward):
     rate = 400e6
-    found = measure_link(PagePool(make_device(8, link_bytes_per_s=rate)), 8 * PAGE)
+    pool = PagePool(make_device(8, link_bytes_per_s=rate))
+    found = measure_link(pool, 8 * PAGE, outward=outward)
     assert rate * 0.7 < found < rate * 1.05
 
 
@@ -211,5 +215,113 @@ def test_a_swap_reuses_addresses_and_never_copies_what_it_evicts(make_device, ma
             expected = bytes(mapping.view(0, manifest.weights_bytes))
         assert ctypes.string_at(incoming.address, manifest.weights_bytes) == expected
         assert device.statistics().copied_bytes == (turn + 1) * manifest.weights_bytes
+        if turn == 0:
+            threads = threading.active_count()  # those that a device keeps are there by now
     assert [region.address for region in regions] == addresses
-    assert threading.active_count() < 5
+    assert threading.active_count() <= threads
+
+
+@pytest.fixture
+def link(tmp_path):
+    return SharedLink(tmp_path / "link")
+
+
+def take(turn, given_up=None):
+    turn.take(given_up or threading.Event())
+    return turn
+
+
+def in_use(link):
+    turn = take(SharedLink(link.path, swap_wait_s=0.0).turn())
+    turn.end()
+    return turn.missed
+
+
+def test_a_transfer_waits_for_its_turn_and_says_when_it_has_begun(stage, link, small_copies):
+    other = take(link.turn())
+    begun = threading.Event()
+    transfer, manifest, _, _ = stage(transfer={"turn": link.turn(), "under_way": begun.set})
+    transfer.start()
+    assert not begun.wait(0.05)
+    assert transfer.turn.waiting
+    assert transfer.bytes_done == 0
+    other.end()
+    assert begun.wait(20)
+    transfer.join()
+    assert transfer.bytes_done == manifest.weights_bytes
+    assert transfer.turn.waited_s >= 0.05
+    # The link is free again, and waiting is not copying.
+    assert not in_use(link)
+    assert transfer.seconds < 20
+
+
+def test_a_transfer_that_waits_for_the_link_can_be_cancelled(stage, link):
+    other = take(link.turn())
+    transfer, _, _, _ = stage(transfer={"turn": link.turn()})
+    transfer.start()
+    while not transfer.turn.number:
+        pass
+    transfer.cancel()
+    with pytest.raises(TransferCancelled, match="after 0 of"):
+        transfer.join()
+    with pytest.raises(TransferCancelled):
+        transfer.gate.wait(-1, 20)
+    other.end()
+    assert not in_use(link)
+
+
+def test_a_swap_goes_between_the_pieces_of_a_background_copy(
+    stage, link, small_copies, stepped_clock
+):
+    clock = stepped_clock(blocking=True)
+    turn = link.turn(background=True)
+    transfer, manifest, _, _ = stage(link_bytes_per_s=1.0, clock=clock, transfer={"turn": turn})
+    transfer.start()
+    assert clock.asleep.acquire(timeout=20)
+    swap = link.turn()
+    waiting = threading.Thread(target=take, args=(swap,), daemon=True)
+    waiting.start()
+    while not swap.number:
+        pass
+    # The one piece under way ends, and the swap has its turn before the next.
+    clock.step()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert not clock.asleep.acquire(timeout=0.05)
+    assert transfer.bytes_done == 4096
+    swap.end()
+    clock.step(manifest.weights_bytes // 4096)
+    transfer.join()
+    assert transfer.complete
+    assert turn.waited_s >= 0.05
+
+
+def test_a_swap_keeps_the_link_for_its_whole_copy(stage, link, small_copies, stepped_clock):
+    clock = stepped_clock(blocking=True)
+    transfer, manifest, _, _ = stage(
+        link_bytes_per_s=1.0, clock=clock, transfer={"turn": link.turn()}
+    )
+    transfer.start()
+    for _ in range(-(-manifest.weights_bytes // 4096)):
+        assert clock.asleep.acquire(timeout=20)
+        assert in_use(link)
+        clock.step()
+    transfer.join()
+    assert not in_use(link)
+
+
+@pytest.mark.parametrize("outward", [False, True])
+def test_measuring_waits_for_turns_like_a_background_copy(make_device, link, outward):
+    pool = PagePool(make_device(2))
+    other = take(link.turn())
+    found = []
+    measuring = threading.Thread(
+        target=lambda: found.append(measure_link(pool, PAGE, link, outward=outward)), daemon=True
+    )
+    measuring.start()
+    measuring.join(0.05)
+    assert measuring.is_alive()
+    other.end()
+    measuring.join(20)
+    assert found[0] > 0
+    assert pool.free_pages == 2

@@ -52,6 +52,12 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return make_model("code@1", tmp_path_factory.mktemp("code"), "qwen3", 4)
 
 
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Another Llama."""
+    return make_model("other@1", tmp_path_factory.mktemp("other"), "llama", 9)
+
+
 @pytest.fixture
 def runtime_dir() -> Iterator[Path]:
     """A directory with a short path: a socket's address holds a hundred bytes or so."""
@@ -84,3 +90,27 @@ async def serving(
         await worker.clear()
     finally:
         await worker.disconnect()
+
+
+@pytest.fixture(scope="session")
+def poem(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A Llama with large KV (see `tests.worker.preserving`)."""
+    from tests.worker.preserving import make_large
+
+    return make_large("poem@1", tmp_path_factory.mktemp("poem"), "llama", 11)
+
+
+@pytest.fixture(scope="session")
+def tale(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A Qwen3 with large KV."""
+    from tests.worker.preserving import make_large
+
+    return make_large("tale@1", tmp_path_factory.mktemp("tale"), "qwen3", 12)
+
+
+@pytest.fixture(scope="session")
+def verse(poem: Model) -> Model:
+    """The same as `poem`, packed."""
+    from tests.worker.preserving import PackedModel
+
+    return PackedModel.of("verse@1", poem)

@@ -171,10 +171,15 @@ def test_preserved_requests_go_on_with_nothing_computed_again(
             for number, stream in enumerate(streams):
                 answer = await gateway.ended(stream)
                 assert answer.tokens == prose.expected([*PROMPT, number], 200)
-            state = await hotbayd.describe()
+            # The last step's figures are told after its tokens.
+            state = await hotbayd.state_where(
+                lambda state: any(one.generation_tokens_total == 800 for one in state.engines)
+            )
             served = next(one for one in state.engines if one.model == prose.key)
-            # Each token goes through the model once, the last one drawn not at all.
-            assert served.computed_tokens_total == 4 * (len(PROMPT) + 1 + 200 - 1)
+            # Each token goes through the model once, the last one drawn not at all; what prompts
+            # have in common does so once for all of them.
+            computed = served.computed_tokens_total + served.prefix_hit_tokens_total
+            assert computed == 4 * (len(PROMPT) + 1 + 200 - 1)
             assert served.parked_bytes == 0
 
     asyncio.run(run())
@@ -322,6 +327,7 @@ def test_images_are_forgotten_only_when_no_engine_on_the_device_needs_them(
             assert [one.model for one in state.engines] == [code.key]
             reply = await hotbayd.call(control.MeasureLink(copy_bytes=1 << 20))
             assert reply.link_bytes_per_s > 0
+            assert reply.out_bytes_per_s > 0
             assert (await hotbayd.describe()).link_bytes_per_s == reply.link_bytes_per_s
             # What cannot be an image is refused and closed.
             refusal = await hotbayd.failed(

@@ -59,6 +59,8 @@ def test_without_a_gpu_a_worker_for_one_says_what_is_missing(tmp_path: Path) -> 
         ([*SIZED, "--stage-timeout-s", "nan"], "--stage-timeout-s"),
         ([*SIZED, "--link-bytes-per-s", "0"], "--link-bytes-per-s"),
         ([*SIZED, "--partition", "../up"], "--partition"),
+        ([*SIZED, "--partition", "gpu0/../up"], "--partition"),
+        ([*SIZED, "--partition", "/gpu0"], "--partition"),
         ([*SIZED, "--device", "cuda"], "--memory-bytes"),
         ([*SIZED, "--gpu", "GPU-1"], "--gpu"),
         ([*SIZED, "--workspace-bytes", "-1"], "--workspace-bytes"),

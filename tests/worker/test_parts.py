@@ -36,6 +36,9 @@ from tests.worker.conftest import Model
 PAGE = 2 << 20
 
 
+WEIGHTS = 64 << 20
+
+
 @pytest.fixture
 def pool() -> Iterator[PagePool]:
     device = HostDevice(8 * PAGE)
@@ -219,6 +222,20 @@ def test_the_sample_is_bounded_and_reaches_both_ends(prose: Model) -> None:
         assert sum(pieces[-1]) == weights_bytes
         gaps = [later - start for (start, _), (later, _) in itertools.pairwise(pieces)]
         assert max(gaps, default=0) <= 2 * max(weights_bytes // 256, PIECE_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("stretch", "least", "most"),
+    [(1, 0.008, 0.026), (65_536, 0.2, 0.33), (WEIGHTS // 256, 0.7, 0.86), (WEIGHTS // 128, 1, 1)],
+)
+def test_what_is_wrong_in_a_large_tensor_is_found_as_often_as_is_said(
+    stretch: int, least: float, most: float
+) -> None:
+    found, draws, start = 0, 1000, WEIGHTS // 3
+    for salt in range(draws):
+        pieces = sampled_pieces(WEIGHTS, random.Random(salt))
+        found += any(at < start + stretch and start < at + count for at, count in pieces)
+    assert least <= found / draws <= most
 
 
 def test_weights_that_differ_in_one_stretch_are_found(prose: Model, pool: PagePool) -> None:

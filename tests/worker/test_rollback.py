@@ -24,8 +24,9 @@ from engine.worker.order import Order
 from engine.worker.residency import Residency
 from swap.arena import PagePool
 from swap.host_device import HostDevice
-from swap.image import complete, write_manifest
+from swap.image import complete
 from swap.segment import Segment
+from swap.writing import write_manifest
 from tests.support.worker_stage import BuiltImage, greedy, load, worker_process
 from tests.worker.conftest import Model, serving
 
@@ -210,10 +211,16 @@ def test_an_engine_that_breaks_ends_its_own_requests_and_no_other(
     assert inside.exchange(load(code.key, code.image, "2")).error == ""
     break_at_step(inside.residency.residents[prose.key].engine, 5)
     inside.submit(1, prose.key, 40)
+    # One that has not come to its turn.
+    inside.desk.enter(9, prose.key)
+    inside.outputs[9], inside.ended[9] = [], Future()
     inside.submit(2, code.key, 40)
     failed = inside.end_of(1)
     assert failed.finish is Finish.ERROR
     assert "Broken: a bug" in failed.error
+    unstarted = inside.end_of(9)
+    assert unstarted.finish is Finish.ABORT, "nothing was sent of it: it can be tried again"
+    assert "Broken: a bug" in unstarted.error
     assert inside.end_of(2).finish is Finish.LENGTH
     assert inside.tokens(2) == code.expected(PROMPT, 40)
     inside.loop.call(lambda: None).result(WAIT_S)
@@ -322,4 +329,42 @@ def test_a_bug_in_the_loop_itself_is_told_and_ends_it(prose: Model) -> None:
     stage.loop.mailbox.post(mail)
     assert stage.loop.join(WAIT_S)
     assert stage.crashes == [crash]
+    for image in stage.residency.images.values():
+        image.close()
     stage.device.close()
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_engines_that_are_active_at_once_share_the_step_thread_by_weight(
+    inside: Inside, prose: Model, code: Model, weight: float
+) -> None:
+    assert inside.exchange(load(prose.key, prose.image, "1")).error == ""
+    assert inside.exchange(load(code.key, code.image, "2", weight=weight)).error == ""
+    # Time passes by the steps alone: those of one engine take four times as long.
+    lengths, now, order = {prose.key: 0.004, code.key: 0.001}, [0.0], []
+
+    def pass_time() -> None:
+        inside.loop._clock = lambda: now[0]
+        for key, resident in inside.residency.residents.items():
+
+            def step(key: str = key, real: Any = resident.engine.step) -> Any:
+                order.append(key)
+                now[0] += lengths[key]
+                return real()
+
+            resident.engine.step = step
+
+    def begin() -> None:
+        pass_time()
+        for number, (key, count) in enumerate(((prose.key, 30), (code.key, 150)), 1):
+            inside.outputs[number], inside.ended[number] = [], Future()
+            assert inside.desk.enter(number, key)
+            inside.residency.submit(Submit(number, key, tuple(PROMPT), greedy(count)))
+
+    inside.loop.call(begin).result(WAIT_S)
+    assert inside.end_of(1).finish is inside.end_of(2).finish is Finish.LENGTH
+    assert inside.tokens(1) == prose.expected(PROMPT, 30)
+    assert inside.tokens(2) == code.expected(PROMPT, 150)
+    both = order[: 1 + min(len(order) - 1 - order[::-1].index(key) for key in lengths)]
+    steps = {key: both.count(key) for key in lengths}
+    assert steps[code.key] == pytest.approx(4 * weight * steps[prose.key], rel=0.1, abs=4)

@@ -15,18 +15,20 @@ from hotbay.v1 import (
     watch_pb2,
 )
 
-from daemon.control import answers, views
-from daemon.control.conductor import Conductor
-from daemon.control.images import Images
-from daemon.control.layouts import Layouts
-from daemon.control.operations import Operations
-from daemon.control.routing import Router
+from daemon.control.actions.conductor import Conductor
+from daemon.control.actions.images import Images
+from daemon.control.actions.layout_changes import LayoutChanges
+from daemon.control.actions.layouts import Layouts
+from daemon.control.actions.pulls import Pulls
+from daemon.control.actions.routing import Router
+from daemon.control.services import answers, views
 from daemon.control.services.models import ModelService
 from daemon.control.services.nodes import NodeService, PartitionService
 from daemon.control.services.operations import OperationsService, WatchService
 from daemon.control.services.server import Server
-from daemon.control.watch import Hub
-from daemon.control.world import World
+from daemon.control.services.watch import Hub
+from daemon.control.state.operations import Operations
+from daemon.control.state.world import World
 
 # Older ones are listed by the Operations service; a watcher wants to know what goes on.
 OPERATIONS_SHOWN_MAX = 100
@@ -41,12 +43,14 @@ def make_server(
     node_service: NodeService,
     images: Images,
     layouts: Layouts,
+    layout_changes: LayoutChanges,
+    pulls: Pulls,
 ) -> Server:
     """The server with every service of the API; None stands for one that is not there yet."""
     implementations: dict[str, object | None] = {
         "NodeService": node_service,
-        "PartitionService": PartitionService(world, operations, layouts),
-        "ModelService": ModelService(world, operations, conductor, router, images),
+        "PartitionService": PartitionService(world, operations, layouts, layout_changes),
+        "ModelService": ModelService(world, operations, conductor, router, images, pulls),
         "WatchService": WatchService(hub),
         "Operations": OperationsService(operations),
     }

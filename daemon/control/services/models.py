@@ -7,16 +7,16 @@ from typing import Any
 
 from hotbay.v1 import model_pb2
 
-from daemon.control import answers, views
-from daemon.control.conductor import Conductor
-from daemon.control.failures import Failed
-from daemon.control.images import Images
-from daemon.control.operations import Operations
-from daemon.control.records import Intent, Kind, Plan, Result
-from daemon.control.routing import Router
-from daemon.control.running import Handle, Outcome
-from daemon.control.services import requests
-from daemon.control.world import World
+from daemon.control.actions.conductor import Conductor
+from daemon.control.actions.images import Images
+from daemon.control.actions.pulls import Pulls
+from daemon.control.actions.routing import Router
+from daemon.control.services import answers, requests, views
+from daemon.control.state.failures import Failed
+from daemon.control.state.operations import Operations
+from daemon.control.state.records import Intent, Kind, Plan, Pulled, Result
+from daemon.control.state.running import Handle, Outcome
+from daemon.control.state.world import World
 
 
 class ModelService:
@@ -29,12 +29,14 @@ class ModelService:
         conductor: Conductor,
         router: Router,
         images: Images,
+        pulls: Pulls,
     ) -> None:
         self._world = world
         self._operations = operations
         self._conductor = conductor
         self._router = router
         self._images = images
+        self._pulls = pulls
 
     async def RegisterModel(self, request: model_pb2.RegisterModelRequest) -> model_pb2.Model:
         await self._conductor.admit()
@@ -67,6 +69,16 @@ class ModelService:
             raise Failed(operation.failure)
         return views.model(self._world, request.name)
 
+    async def PullModel(self, request: model_pb2.PullModelRequest) -> Any:
+        requests.required("repository", request.repository)
+        operation = await self._pulls.submit(
+            requests.identity("PullModel", request),
+            request.name,
+            Pulled(request.repository, request.revision, token_file=request.token_file),
+            validate_only=request.validate_only,
+        )
+        return answers.operation(operation)
+
     async def ListModels(
         self, request: model_pb2.ListModelsRequest
     ) -> model_pb2.ListModelsResponse:
@@ -82,11 +94,16 @@ class ModelService:
 
     async def LoadModel(self, request: model_pb2.LoadModelRequest) -> Any:
         requests.required("model", request.model)
+        if request.canary and request.forget_canary:
+            raise requests.invalid("forget_canary", "canary and forget_canary exclude each other")
         intent = Intent(
             Kind.LOAD,
             partition=request.partition,
             incoming=request.model,
             standby=request.standby,
+            queue=request.queue,
+            canary=request.canary,
+            forget_canary=request.forget_canary,
         )
         return await self._submit("LoadModel", request, intent)
 
@@ -101,6 +118,21 @@ class ModelService:
         )
         return await self._submit("UnloadModel", request, intent)
 
+    async def StageModel(self, request: model_pb2.StageModelRequest) -> Any:
+        requests.required("model", request.model)
+        if request.weights_bytes < 0 or request.layers < 0:
+            raise requests.invalid("layers", "weights_bytes and layers must not be negative")
+        if request.weights_bytes and request.layers:
+            raise requests.invalid("layers", "give weights_bytes or layers, not both")
+        intent = Intent(
+            Kind.STAGE,
+            partition=request.partition,
+            incoming=request.model,
+            stage_bytes=request.weights_bytes,
+            stage_layers=request.layers,
+        )
+        return await self._submit("StageModel", request, intent)
+
     async def SwapModel(self, request: model_pb2.SwapModelRequest) -> Any:
         requests.required("outgoing", request.outgoing)
         requests.required("incoming", request.incoming)
@@ -111,6 +143,7 @@ class ModelService:
             incoming=request.incoming,
             in_flight=requests.policy(request, self._world.config.scheduling),
             drain_timeout_s=self._drain_timeout_s(request),
+            queue=request.queue,
         )
         return await self._submit("SwapModel", request, intent)
 

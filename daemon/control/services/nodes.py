@@ -6,17 +6,20 @@ import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from hotbay.v1 import node_pb2, partition_pb2
 
-from daemon.control import views
-from daemon.control.answers import timestamp
+from daemon.control.actions.conductor import Conductor
+from daemon.control.actions.layout_changes import LayoutChanges
+from daemon.control.actions.layouts import Layouts
 from daemon.control.errors import Refused
-from daemon.control.layouts import Layouts
 from daemon.control.notify import boot_id
-from daemon.control.operations import Operations
-from daemon.control.services import requests
-from daemon.control.world import World
+from daemon.control.services import answers, requests, views
+from daemon.control.services.answers import timestamp
+from daemon.control.state.operations import Operations
+from daemon.control.state.records import Intent, Kind
+from daemon.control.state.world import World
 from partitioner.gpu import Gpu, GpuHealth
 
 
@@ -27,12 +30,14 @@ class NodeService:
         self,
         world: World,
         operations: Operations,
+        conductor: Conductor,
         version: str,
         discover: Callable[[], Awaitable[tuple[Gpu, ...]]],
         addresses: Callable[[], tuple[str, str]],
     ) -> None:
         self._world = world
         self._operations = operations
+        self._conductor = conductor
         self._version = version
         self._discover = discover
         self._addresses = addresses
@@ -71,14 +76,25 @@ class NodeService:
             unreachable=[gpu.uuid for gpu in lost if gpu.uuid],
         )
 
+    async def Calibrate(self, request: node_pb2.CalibrateRequest) -> Any:
+        operation = await self._conductor.submit(
+            requests.identity("Calibrate", request),
+            Intent(Kind.CALIBRATE, partition=request.partition),
+            validate_only=request.validate_only,
+        )
+        return answers.operation(operation)
+
 
 class PartitionService:
-    """What the partitions are and hold, and could be. Changing the layout is not implemented."""
+    """What the partitions are and hold, could be, and are made to be."""
 
-    def __init__(self, world: World, operations: Operations, layouts: Layouts) -> None:
+    def __init__(
+        self, world: World, operations: Operations, layouts: Layouts, changes: LayoutChanges
+    ) -> None:
         self._world = world
         self._operations = operations
         self._layouts = layouts
+        self._changes = changes
 
     async def ListPartitions(
         self, request: partition_pb2.ListPartitionsRequest
@@ -109,6 +125,21 @@ class PartitionService:
     ) -> partition_pb2.LayoutPlan:
         text = requests.required("layout", request.layout)
         return await self._layouts.plan(text, request.source)
+
+    async def ApplyLayout(self, request: partition_pb2.ApplyLayoutRequest) -> Any:
+        plan_id = requests.required("plan_id", request.plan_id)
+        if request.force:
+            raise Refused(
+                "force is not implemented: hotbayd never ends processes that are not its own; end "
+                "those that the refusal names, and apply without it",
+                reason="NOT_IMPLEMENTED",
+            )
+        operation = await self._changes.apply(
+            requests.identity("ApplyLayout", request),
+            plan_id,
+            validate_only=request.validate_only,
+        )
+        return answers.operation(operation)
 
     async def ListProfiles(
         self, request: partition_pb2.ListProfilesRequest

@@ -9,10 +9,9 @@ from google.longrunning import operations_proto_pb2 as longrunning
 from google.protobuf.empty_pb2 import Empty
 from hotbay.v1 import watch_pb2
 
-from daemon.control import answers
-from daemon.control.operations import Operations
-from daemon.control.services import requests
-from daemon.control.watch import Hub
+from daemon.control.services import answers, requests
+from daemon.control.services.watch import Hub
+from daemon.control.state.operations import Operations
 
 WAIT_S_MAX = 3600.0
 FILTERS = {"": None, "done=true": True, "done=false": False}

@@ -17,7 +17,7 @@ from hotbay.v1 import common_pb2
 
 from daemon.control.config import Scheduling
 from daemon.control.errors import Refused
-from daemon.control.running import Request
+from daemon.control.state.running import Request
 from engine.link.control import InFlight
 
 PAGE_SIZE_DEFAULT = 100

@@ -22,9 +22,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from daemon.control.answers import status
 from daemon.control.errors import ControlError, Refused
-from daemon.control.failures import failure_of
+from daemon.control.services.answers import status
+from daemon.control.state.failures import failure_of
 from engine.link.errors import LinkError
 from swap.errors import SwapError
 

@@ -22,6 +22,7 @@ STOP_CHARACTERS_MAX = 256
 SAMPLES_MAX = 128
 TOP_K_MAX = 1 << 20
 PRIORITY_MAX = 1 << 30
+CACHE_SALT_CHARACTERS_MAX = 256
 MODEL_CHARACTERS_MAX = 512
 
 Stop = Annotated[str, Meta(min_length=1, max_length=STOP_CHARACTERS_MAX)]
@@ -62,6 +63,9 @@ class CommonFields(msgspec.Struct, frozen=True, kw_only=True):
         | None
     ) = None
     priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=CACHE_SALT_CHARACTERS_MAX)] | None = (
+        None
+    )
 
     # Not supported: see UNSUPPORTED.
     tools: Any = None

@@ -23,6 +23,7 @@ from daemon.gateway.openai.prompts import (
     check_vocabulary,
     completion_prompts,
 )
+from daemon.gateway.openai.salt import prefix_salt
 from daemon.gateway.openai.sampling import make_sampling, sample_seeds, stop_strings
 from daemon.gateway.tokens.tokenizer import ModelTokenizer
 from engine.link.routes import Route
@@ -41,6 +42,8 @@ class Job:
     choices: list[Choice]
     style: Style
     priority: int
+    cache_salt: str
+    """Prefixes are shared with requests of the same salt only."""
     stream: bool
     stops: bool
     """Whether there are stop strings, which only the gateway sees."""
@@ -51,29 +54,45 @@ class Job:
         return Usage(
             prompt_tokens=sum(map(len, self.prompts)),
             completion_tokens=sum(choice.tokens for choice in self.choices),
-            cached_tokens=sum(choice.cached_tokens for choice in self.choices),
+            cached_tokens=self._cached_tokens(),
         )
+
+    def _cached_tokens(self) -> int:
+        """Of each prompt, what was found before any of its own samples computed it."""
+        samples = len(self.choices) // len(self.prompts)
+        found = [choice.cached_tokens for choice in self.choices]
+        return sum(min(found[at : at + samples]) for at in range(0, len(found), samples))
 
 
 async def chat_job(
-    fields: ChatFields, route: Route, tokenizer: ModelTokenizer, config: GatewayConfig
+    fields: ChatFields,
+    route: Route,
+    tokenizer: ModelTokenizer,
+    config: GatewayConfig,
+    authorization: bytes | None = None,
 ) -> Job:
-    """The job of a chat request. Raises BadRequest."""
+    """The job of a chat request; `authorization` is its header. Raises BadRequest."""
     prompt = await chat_prompt(fields, tokenizer, route.context_tokens)
-    return _job(fields, route, tokenizer, config, [prompt], ChatStyle, "chatcmpl-")
+    salt = prefix_salt(authorization, fields.cache_salt)
+    return _job(fields, route, tokenizer, config, [prompt], salt, ChatStyle, "chatcmpl-")
 
 
 async def completion_job(
-    fields: CompletionFields, route: Route, tokenizer: ModelTokenizer, config: GatewayConfig
+    fields: CompletionFields,
+    route: Route,
+    tokenizer: ModelTokenizer,
+    config: GatewayConfig,
+    authorization: bytes | None = None,
 ) -> Job:
-    """The job of a completion request. Raises BadRequest."""
+    """The job of a completion request; `authorization` is its header. Raises BadRequest."""
     prompts = await completion_prompts(
         fields,
         tokenizer,
         route.context_tokens,
         prompts_max=config.sequences_per_request_max,
     )
-    return _job(fields, route, tokenizer, config, prompts, CompletionStyle, "cmpl-")
+    salt = prefix_salt(authorization, fields.cache_salt)
+    return _job(fields, route, tokenizer, config, prompts, salt, CompletionStyle, "cmpl-")
 
 
 def _job(
@@ -82,6 +101,7 @@ def _job(
     tokenizer: ModelTokenizer,
     config: GatewayConfig,
     prompts: list[Prompt],
+    cache_salt: str,
     style: type[ChatStyle] | type[CompletionStyle],
     prefix: str,
 ) -> Job:
@@ -109,6 +129,7 @@ def _job(
             include_usage=include_usage,
         ),
         priority=fields.priority or 0,
+        cache_salt=cache_salt,
         stream=bool(fields.stream),
         stops=bool(stops),
         include_usage=include_usage,

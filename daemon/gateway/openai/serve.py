@@ -70,7 +70,8 @@ class Completions:
         async def make(body: bytes) -> Job:
             fields = self._decoder.chat(body)
             route, tokenizer = await self._model(exchange, fields)
-            return await chat_job(fields, route, tokenizer, self._config)
+            authorization = exchange.header(b"authorization")
+            return await chat_job(fields, route, tokenizer, self._config, authorization)
 
         await self._handle(exchange, make)
 
@@ -80,7 +81,8 @@ class Completions:
         async def make(body: bytes) -> Job:
             fields = self._decoder.completion(body)
             route, tokenizer = await self._model(exchange, fields)
-            return await completion_job(fields, route, tokenizer, self._config)
+            authorization = exchange.header(b"authorization")
+            return await completion_job(fields, route, tokenizer, self._config, authorization)
 
         await self._handle(exchange, make)
 
@@ -151,6 +153,7 @@ class Completions:
                 prompt,
                 sampling,
                 priority=job.priority,
+                cache_salt=job.cache_salt,
                 index=index,
                 mailbox=run.mailbox,
                 arrived_s=run.arrived_s,

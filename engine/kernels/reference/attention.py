@@ -18,7 +18,7 @@ import torch.nn.functional as functional
 
 from engine.device_tensors import placed
 from engine.kernels.protocol import Span
-from engine.kernels.reference.grouping import group_runs
+from engine.kernels.reference.grouping import PADDING_MAX, group_runs
 from engine.kernels.reference.paged_kv import PagedKv
 from engine.kernels.reference.rotary import Angles
 
@@ -54,13 +54,16 @@ class Plan:
     groups: tuple[Group, ...]
 
 
-def make_groups(kv: PagedKv, spans: Sequence[Span], dtype: torch.dtype) -> tuple[Group, ...]:
-    """Group spans that lie one after the other in the step's tokens."""
+def make_groups(
+    kv: PagedKv, spans: Sequence[Span], dtype: torch.dtype, *, padding_max: float = PADDING_MAX
+) -> tuple[Group, ...]:
+    """Group spans that lie one after the other in the step's tokens (see `group_runs`)."""
     slots = kv.layout.block_tokens
     shapes = [(span.count, -(-(span.start + span.count) // slots)) for span in spans]
     groups = []
     first_token = 0
-    for run in group_runs(shapes):
+    keys_bytes = kv.layout.kv_heads * kv.layout.tile_elements * kv.layout.item_bytes
+    for run in group_runs(shapes, keys_bytes, padding_max):
         members = spans[run]
         group = _group(kv, members, shapes[run], first_token, dtype)
         groups.append(group)

@@ -19,17 +19,21 @@ from engine.kernels.reference.attention import (
     make_groups,
     write_index,
 )
+from engine.kernels.reference.grouping import PADDING_MAX
 from engine.kernels.reference.paged_kv import PagedKv
 from engine.kernels.reference.rotary import angles, frequencies, rotate
+from engine.kernels.strict import STRICT_ROWS, of_fixed_rows
 from engine.kv_layout import KvLayout
 from engine.models.spec import ModelSpec
 
 
 class ReferenceKernels:
     """See `engine.kernels.protocol.Kernels`; `memory` is the KV memory as uint8, on the
-    device that computes."""
+    device that computes. A `strict` one is given single tokens alone."""
 
-    def __init__(self, spec: ModelSpec, layout: KvLayout, memory: torch.Tensor) -> None:
+    def __init__(
+        self, spec: ModelSpec, layout: KvLayout, memory: torch.Tensor, *, strict: bool = False
+    ) -> None:
         self._spec = spec
         self._dtype: torch.dtype = getattr(torch, layout.dtype)
         self._kv = PagedKv(layout, memory)
@@ -37,13 +41,16 @@ class ReferenceKernels:
         self._device = memory.device
         self._frequencies = frequencies(spec.rope, spec.head_dim).to(self._device)
         self._linear = dense.choose_linear(self._dtype, self._device)
+        self._padding_max = 1.0 if strict else PADDING_MAX
+        if strict:
+            self._linear = of_fixed_rows(self._linear, STRICT_ROWS[self._device.type])
 
     def plan(self, spans: Sequence[Span], positions: torch.Tensor) -> Plan:
         self._kv.clear(entered_blocks(spans, self._kv.layout.block_tokens))
         return Plan(
             angles=angles(placed(positions, self._device), self._frequencies, self._dtype),
             write=write_index(self._kv, spans, positions.numpy()),
-            groups=make_groups(self._kv, spans, self._dtype),
+            groups=make_groups(self._kv, spans, self._dtype, padding_max=self._padding_max),
         )
 
     def linear(

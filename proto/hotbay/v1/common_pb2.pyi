@@ -135,6 +135,11 @@ class Ledger(message.Message):
     PARKED_BYTES_FIELD_NUMBER: builtins.int
     PARK_MS_FIELD_NUMBER: builtins.int
     UNPARK_MS_FIELD_NUMBER: builtins.int
+    PREDICTED_MS_FIELD_NUMBER: builtins.int
+    LINK_MISSED_FIELD_NUMBER: builtins.int
+    PAGEABLE_BYTES_FIELD_NUMBER: builtins.int
+    STAGED_BYTES_FIELD_NUMBER: builtins.int
+    RESIDUE_BYTES_FIELD_NUMBER: builtins.int
     total_ms: builtins.float
     first_token_ms: builtins.float
     """From the request for the swap to the incoming model's first token; 0 when none was waiting."""
@@ -157,6 +162,22 @@ class Ledger(message.Message):
     park_ms: builtins.float
     unpark_ms: builtins.float
     """Copying the incoming model's parked KV back."""
+    predicted_ms: builtins.float
+    """What the plan foresaw for total_ms."""
+    link_missed: builtins.bool
+    """The copy did not get its turn at a link that partitions share in time, and went on beside
+    others' copies. How long it waited is a phase, `link_wait`.
+    """
+    pageable_bytes: builtins.int
+    """Of the image, what the host did not let be pinned: copying from there is slow. The worker's log
+    says why, and what to change.
+    """
+    staged_bytes: builtins.int
+    """Of the incoming model's weights, what was on the device before."""
+    residue_bytes: builtins.int
+    """Device memory that the models that left still hold after the swap: weights that stay staged, and
+    the KV of kept requests.
+    """
     @builtins.property
     def phases(self) -> containers.RepeatedCompositeFieldContainer[Phase]: ...
     def __init__(
@@ -177,10 +198,15 @@ class Ledger(message.Message):
         parked_bytes: builtins.int = ...,
         park_ms: builtins.float = ...,
         unpark_ms: builtins.float = ...,
+        predicted_ms: builtins.float = ...,
+        link_missed: builtins.bool = ...,
+        pageable_bytes: builtins.int = ...,
+        staged_bytes: builtins.int = ...,
+        residue_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["copied_bytes", b"copied_bytes", "copy_bytes_per_second", b"copy_bytes_per_second", "evicted_bytes", b"evicted_bytes", "first_token_ms", b"first_token_ms", "link_bytes_per_second", b"link_bytes_per_second", "link_percent", b"link_percent", "park_ms", b"park_ms", "parked_bytes", b"parked_bytes", "phases", b"phases", "requests_finished", b"requests_finished", "requests_kept", b"requests_kept", "requests_lost", b"requests_lost", "requests_preserved", b"requests_preserved", "total_ms", b"total_ms", "unpark_ms", b"unpark_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["copied_bytes", b"copied_bytes", "copy_bytes_per_second", b"copy_bytes_per_second", "evicted_bytes", b"evicted_bytes", "first_token_ms", b"first_token_ms", "link_bytes_per_second", b"link_bytes_per_second", "link_missed", b"link_missed", "link_percent", b"link_percent", "pageable_bytes", b"pageable_bytes", "park_ms", b"park_ms", "parked_bytes", b"parked_bytes", "phases", b"phases", "predicted_ms", b"predicted_ms", "requests_finished", b"requests_finished", "requests_kept", b"requests_kept", "requests_lost", b"requests_lost", "requests_preserved", b"requests_preserved", "residue_bytes", b"residue_bytes", "staged_bytes", b"staged_bytes", "total_ms", b"total_ms", "unpark_ms", b"unpark_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -200,6 +226,8 @@ class SwapPlan(message.Message):
     DEVICE_BYTES_NEEDED_FIELD_NUMBER: builtins.int
     DEVICE_BYTES_AVAILABLE_FIELD_NUMBER: builtins.int
     PREDICTED_MS_FIELD_NUMBER: builtins.int
+    STAGED_BYTES_FIELD_NUMBER: builtins.int
+    PARKED_BYTES_FIELD_NUMBER: builtins.int
     partition: builtins.str
     incoming: builtins.str
     copy_bytes: builtins.int
@@ -209,6 +237,10 @@ class SwapPlan(message.Message):
     device_bytes_needed: builtins.int
     device_bytes_available: builtins.int
     predicted_ms: builtins.float
+    staged_bytes: builtins.int
+    """Of the incoming model's weights, what is on the device already and is not copied."""
+    parked_bytes: builtins.int
+    """KV of preserved requests that would leave the device for host memory, beside the copy: at most."""
     @builtins.property
     def outgoing(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Keys (`name@version`) of the models that would leave."""
@@ -230,10 +262,12 @@ class SwapPlan(message.Message):
         device_bytes_needed: builtins.int = ...,
         device_bytes_available: builtins.int = ...,
         predicted_ms: builtins.float = ...,
+        staged_bytes: builtins.int = ...,
+        parked_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["build_bytes", b"build_bytes", "copy_bytes", b"copy_bytes", "device_bytes_available", b"device_bytes_available", "device_bytes_needed", b"device_bytes_needed", "evict_bytes", b"evict_bytes", "host_evictions", b"host_evictions", "incoming", b"incoming", "outgoing", b"outgoing", "partition", b"partition", "predicted_ms", b"predicted_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["build_bytes", b"build_bytes", "copy_bytes", b"copy_bytes", "device_bytes_available", b"device_bytes_available", "device_bytes_needed", b"device_bytes_needed", "evict_bytes", b"evict_bytes", "host_evictions", b"host_evictions", "incoming", b"incoming", "outgoing", b"outgoing", "parked_bytes", b"parked_bytes", "partition", b"partition", "predicted_ms", b"predicted_ms", "staged_bytes", b"staged_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -44,6 +44,10 @@ class _OperationStageEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Operati
     OPERATION_STAGE_COMMITTED: _OperationStage.ValueType  # 9
     OPERATION_STAGE_ROLLING_BACK: _OperationStage.ValueType  # 10
     OPERATION_STAGE_ROLLED_BACK: _OperationStage.ValueType  # 11
+    OPERATION_STAGE_FETCHING: _OperationStage.ValueType  # 12
+    """Bringing a checkpoint from a hub to disk."""
+    OPERATION_STAGE_CUTTING: _OperationStage.ValueType  # 13
+    """Destroying and creating GPU instances; the message names the step."""
 
 class OperationStage(_OperationStage, metaclass=_OperationStageEnumTypeWrapper): ...
 
@@ -63,6 +67,10 @@ OPERATION_STAGE_VERIFYING: OperationStage.ValueType  # 8
 OPERATION_STAGE_COMMITTED: OperationStage.ValueType  # 9
 OPERATION_STAGE_ROLLING_BACK: OperationStage.ValueType  # 10
 OPERATION_STAGE_ROLLED_BACK: OperationStage.ValueType  # 11
+OPERATION_STAGE_FETCHING: OperationStage.ValueType  # 12
+"""Bringing a checkpoint from a hub to disk."""
+OPERATION_STAGE_CUTTING: OperationStage.ValueType  # 13
+"""Destroying and creating GPU instances; the message names the step."""
 
 @typing.final
 class Model(message.Message):
@@ -141,6 +149,8 @@ class ModelVersion(message.Message):
     WAITING_FIELD_NUMBER: builtins.int
     RUNNING_FIELD_NUMBER: builtins.int
     PINNED_FIELD_NUMBER: builtins.int
+    STAGED_BYTES_FIELD_NUMBER: builtins.int
+    CANARY_FIELD_NUMBER: builtins.int
     version: builtins.int
     key: builtins.str
     """`name@version`, as used on partitions and in events."""
@@ -166,6 +176,10 @@ class ModelVersion(message.Message):
     running: builtins.int
     pinned: builtins.bool
     """Whether its image stays in host memory whatever the pressure."""
+    staged_bytes: builtins.int
+    """While it is STAGED in spare memory: the bytes of its weights that are there, all or the first."""
+    canary: builtins.str
+    """The text of its canary; empty: it has none."""
     @builtins.property
     def create_time(self) -> timestamp_pb2.Timestamp: ...
     def __init__(
@@ -191,10 +205,12 @@ class ModelVersion(message.Message):
         waiting: builtins.int = ...,
         running: builtins.int = ...,
         pinned: builtins.bool = ...,
+        staged_bytes: builtins.int = ...,
+        canary: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "context_tokens", b"context_tokens", "create_time", b"create_time", "digest", b"digest", "directory", b"directory", "family", b"family", "image_bytes", b"image_bytes", "key", b"key", "kv_bytes_per_token", b"kv_bytes_per_token", "layers", b"layers", "parameters", b"parameters", "partition", b"partition", "pinned", b"pinned", "reason", b"reason", "running", b"running", "state", b"state", "version", b"version", "vocabulary", b"vocabulary", "waiting", b"waiting", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["canary", b"canary", "checkpoint_bytes", b"checkpoint_bytes", "context_tokens", b"context_tokens", "create_time", b"create_time", "digest", b"digest", "directory", b"directory", "family", b"family", "image_bytes", b"image_bytes", "key", b"key", "kv_bytes_per_token", b"kv_bytes_per_token", "layers", b"layers", "parameters", b"parameters", "partition", b"partition", "pinned", b"pinned", "reason", b"reason", "running", b"running", "staged_bytes", b"staged_bytes", "state", b"state", "version", b"version", "vocabulary", b"vocabulary", "waiting", b"waiting", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -227,6 +243,45 @@ class RegisterModelRequest(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["directory", b"directory", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PullModelRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    REPOSITORY_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    TOKEN_FILE_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    repository: builtins.str
+    """`OWNER/NAME`, as in the hub's address."""
+    revision: builtins.str
+    """A branch, tag or commit; empty: the default branch. It is looked up once, when the pull begins."""
+    name: builtins.str
+    """What to call it; empty: NAME of the repository."""
+    token_file: builtins.str
+    """A file of the daemon's host that holds a token for the hub. The token itself is never sent here
+    nor written down. Empty: the configured one.
+    """
+    request_id: builtins.str
+    validate_only: builtins.bool
+    """Look the repository up and answer with what would be fetched."""
+    def __init__(
+        self,
+        *,
+        repository: builtins.str = ...,
+        revision: builtins.str = ...,
+        name: builtins.str = ...,
+        token_file: builtins.str = ...,
+        request_id: builtins.str = ...,
+        validate_only: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name", "repository", b"repository", "request_id", b"request_id", "revision", b"revision", "token_file", b"token_file", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -297,6 +352,9 @@ class LoadModelRequest(message.Message):
     STANDBY_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    QUEUE_FIELD_NUMBER: builtins.int
+    CANARY_FIELD_NUMBER: builtins.int
+    FORGET_CANARY_FIELD_NUMBER: builtins.int
     model: builtins.str
     partition: builtins.str
     """Empty: where it fits best."""
@@ -304,6 +362,15 @@ class LoadModelRequest(message.Message):
     """Stop at STANDBY."""
     request_id: builtins.str
     validate_only: builtins.bool
+    queue: builtins.bool
+    """Stand in line behind what changes the partition or the model now, instead of being refused."""
+    canary: builtins.str
+    """A short text. The model's greedy tokens after it are recorded when it comes up, and must be the
+    same whenever a load or swap brings it in again, or that is rolled back. Given again, it is
+    recorded anew. Empty: leave what there is.
+    """
+    forget_canary: builtins.bool
+    """Have no canary any more."""
     def __init__(
         self,
         *,
@@ -312,10 +379,13 @@ class LoadModelRequest(message.Message):
         standby: builtins.bool = ...,
         request_id: builtins.str = ...,
         validate_only: builtins.bool = ...,
+        queue: builtins.bool = ...,
+        canary: builtins.str = ...,
+        forget_canary: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["model", b"model", "partition", b"partition", "request_id", b"request_id", "standby", b"standby", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["canary", b"canary", "forget_canary", b"forget_canary", "model", b"model", "partition", b"partition", "queue", b"queue", "request_id", b"request_id", "standby", b"standby", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -361,10 +431,19 @@ class StageModelRequest(message.Message):
     PARTITION_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    WEIGHTS_BYTES_FIELD_NUMBER: builtins.int
+    LAYERS_FIELD_NUMBER: builtins.int
     model: builtins.str
     partition: builtins.str
+    """Empty: where there is most room."""
     request_id: builtins.str
     validate_only: builtins.bool
+    weights_bytes: builtins.int
+    """Only so many of the first bytes of its weights, rounded up to pages; 0: all. A swap then copies
+    the rest, behind the first prefill.
+    """
+    layers: builtins.int
+    """Only the weights up to the end of this layer, counted from 1; 0: all. Not both."""
     def __init__(
         self,
         *,
@@ -372,10 +451,12 @@ class StageModelRequest(message.Message):
         partition: builtins.str = ...,
         request_id: builtins.str = ...,
         validate_only: builtins.bool = ...,
+        weights_bytes: builtins.int = ...,
+        layers: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["model", b"model", "partition", b"partition", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["layers", b"layers", "model", b"model", "partition", b"partition", "request_id", b"request_id", "validate_only", b"validate_only", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -390,6 +471,7 @@ class SwapModelRequest(message.Message):
     DRAIN_TIMEOUT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    QUEUE_FIELD_NUMBER: builtins.int
     outgoing: builtins.str
     """The model that is to leave. It must be on the partition: compare and set."""
     incoming: builtins.str
@@ -399,6 +481,8 @@ class SwapModelRequest(message.Message):
     request_id: builtins.str
     validate_only: builtins.bool
     """Answer with the plan and change nothing."""
+    queue: builtins.bool
+    """Stand in line behind what changes the partition or the model now, instead of being refused."""
     @builtins.property
     def drain_timeout(self) -> duration_pb2.Duration:
         """Absent: the configured default."""
@@ -413,10 +497,11 @@ class SwapModelRequest(message.Message):
         drain_timeout: duration_pb2.Duration | None = ...,
         request_id: builtins.str = ...,
         validate_only: builtins.bool = ...,
+        queue: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["drain_timeout", b"drain_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["drain_timeout", b"drain_timeout", "in_flight", b"in_flight", "incoming", b"incoming", "outgoing", b"outgoing", "partition", b"partition", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["drain_timeout", b"drain_timeout", "in_flight", b"in_flight", "incoming", b"incoming", "outgoing", b"outgoing", "partition", b"partition", "queue", b"queue", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -584,7 +669,9 @@ class OperationMetadata(message.Message):
     MESSAGE_FIELD_NUMBER: builtins.int
     CANCELLABLE_FIELD_NUMBER: builtins.int
     kind: builtins.str
-    """`load`, `unload`, `swap`, `drain`, `resume`."""
+    """`load`, `unload`, `swap`, `stage`, `drain`, `resume`, `calibrate`, `register`, `pin`, `pull`,
+    `layout`.
+    """
     request_id: builtins.str
     stage: OperationStage.ValueType
     partition: builtins.str
@@ -594,7 +681,7 @@ class OperationMetadata(message.Message):
     bytes_total: builtins.int
     requests_left: builtins.int
     cause: builtins.str
-    """What brought it about: `api`, `demand` or `recovery`."""
+    """What brought it about: `api`, `demand`, `recovery` or `ahead`."""
     message: builtins.str
     """One sentence on where it stands."""
     cancellable: builtins.bool
@@ -634,7 +721,7 @@ class OperationMetadata(message.Message):
 
 @typing.final
 class ModelOperationResponse(message.Message):
-    """`response` of a load, unload, stage, drain or resume."""
+    """`response` of a load, unload, stage, drain, resume or pull."""
 
     DESCRIPTOR: descriptor.Descriptor
 

@@ -41,6 +41,11 @@ class ModelServiceStub:
                 request_serializer=hotbay_dot_v1_dot_model__pb2.RegisterModelRequest.SerializeToString,
                 response_deserializer=hotbay_dot_v1_dot_model__pb2.Model.FromString,
                 _registered_method=True)
+        self.PullModel = channel.unary_unary(
+                '/hotbay.v1.ModelService/PullModel',
+                request_serializer=hotbay_dot_v1_dot_model__pb2.PullModelRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/hotbay.v1.ModelService/ListModels',
                 request_serializer=hotbay_dot_v1_dot_model__pb2.ListModelsRequest.SerializeToString,
@@ -104,6 +109,14 @@ class ModelServiceServicer:
 
     def RegisterModel(self, request, context):
         """Make a checkpoint known. Its configuration and headers are read; nothing is loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PullModel(self, request, context):
+        """Fetch a checkpoint from a hub to the daemon's disk and register it. What is there already is not
+        fetched again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -190,6 +203,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=hotbay_dot_v1_dot_model__pb2.RegisterModelRequest.FromString,
                     response_serializer=hotbay_dot_v1_dot_model__pb2.Model.SerializeToString,
             ),
+            'PullModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.PullModel,
+                    request_deserializer=hotbay_dot_v1_dot_model__pb2.PullModelRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
                     request_deserializer=hotbay_dot_v1_dot_model__pb2.ListModelsRequest.FromString,
@@ -274,6 +292,33 @@ class ModelService:
             '/hotbay.v1.ModelService/RegisterModel',
             hotbay_dot_v1_dot_model__pb2.RegisterModelRequest.SerializeToString,
             hotbay_dot_v1_dot_model__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hotbay.v1.ModelService/PullModel',
+            hotbay_dot_v1_dot_model__pb2.PullModelRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,6 +36,10 @@ class ModelServiceStub:
     def __new__(cls, channel: aio.Channel) -> ModelServiceAsyncStub: ...
     RegisterModel: grpc.UnaryUnaryMultiCallable[model_pb2.RegisterModelRequest, model_pb2.Model]
     """Make a checkpoint known. Its configuration and headers are read; nothing is loaded."""
+    PullModel: grpc.UnaryUnaryMultiCallable[model_pb2.PullModelRequest, operations_proto_pb2.Operation]
+    """Fetch a checkpoint from a hub to the daemon's disk and register it. What is there already is not
+    fetched again.
+    """
     ListModels: grpc.UnaryUnaryMultiCallable[model_pb2.ListModelsRequest, model_pb2.ListModelsResponse]
     GetModel: grpc.UnaryUnaryMultiCallable[model_pb2.GetModelRequest, model_pb2.Model]
     LoadModel: grpc.UnaryUnaryMultiCallable[model_pb2.LoadModelRequest, operations_proto_pb2.Operation]
@@ -62,6 +66,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     def __init__(self, channel: aio.Channel) -> None: ...
     RegisterModel: aio.UnaryUnaryMultiCallable[model_pb2.RegisterModelRequest, model_pb2.Model]  # type: ignore[assignment]
     """Make a checkpoint known. Its configuration and headers are read; nothing is loaded."""
+    PullModel: aio.UnaryUnaryMultiCallable[model_pb2.PullModelRequest, operations_proto_pb2.Operation]  # type: ignore[assignment]
+    """Fetch a checkpoint from a hub to the daemon's disk and register it. What is there already is not
+    fetched again.
+    """
     ListModels: aio.UnaryUnaryMultiCallable[model_pb2.ListModelsRequest, model_pb2.ListModelsResponse]  # type: ignore[assignment]
     GetModel: aio.UnaryUnaryMultiCallable[model_pb2.GetModelRequest, model_pb2.Model]  # type: ignore[assignment]
     LoadModel: aio.UnaryUnaryMultiCallable[model_pb2.LoadModelRequest, operations_proto_pb2.Operation]  # type: ignore[assignment]
@@ -90,6 +98,15 @@ class ModelServiceServicer:
         context: _ServicerContext,
     ) -> typing.Union[model_pb2.Model, abc.Awaitable[model_pb2.Model]]:
         """Make a checkpoint known. Its configuration and headers are read; nothing is loaded."""
+
+    def PullModel(
+        self,
+        request: model_pb2.PullModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[operations_proto_pb2.Operation, abc.Awaitable[operations_proto_pb2.Operation]]:
+        """Fetch a checkpoint from a hub to the daemon's disk and register it. What is there already is not
+        fetched again.
+        """
 
     def ListModels(
         self,

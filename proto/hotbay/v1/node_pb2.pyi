@@ -99,8 +99,14 @@ class HostStore(message.Message):
     BUDGET_BYTES_FIELD_NUMBER: builtins.int
     USED_BYTES_FIELD_NUMBER: builtins.int
     IMAGES_FIELD_NUMBER: builtins.int
+    SPARE_BYTES_FIELD_NUMBER: builtins.int
+    PAGES_FIELD_NUMBER: builtins.int
     budget_bytes: builtins.int
     used_bytes: builtins.int
+    spare_bytes: builtins.int
+    """Memory that was made present for images to come, within what the budget leaves free."""
+    pages: builtins.str
+    """What new images' memory is made of, a phrase: huge pages of the host's pools first."""
     @builtins.property
     def images(self) -> containers.RepeatedCompositeFieldContainer[HostImage]: ...
     def __init__(
@@ -109,10 +115,12 @@ class HostStore(message.Message):
         budget_bytes: builtins.int = ...,
         used_bytes: builtins.int = ...,
         images: abc.Iterable[HostImage] | None = ...,
+        spare_bytes: builtins.int = ...,
+        pages: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["budget_bytes", b"budget_bytes", "images", b"images", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["budget_bytes", b"budget_bytes", "images", b"images", "pages", b"pages", "spare_bytes", b"spare_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -125,9 +133,12 @@ class HostImage(message.Message):
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     PINNED_FIELD_NUMBER: builtins.int
     ATTACHED_FIELD_NUMBER: builtins.int
+    PAGE_BYTES_FIELD_NUMBER: builtins.int
     digest: builtins.str
     size_bytes: builtins.int
     pinned: builtins.bool
+    page_bytes: builtins.int
+    """Of the memory it is in: 1 GiB, 2 MiB or 4 KiB; transparent huge pages show as the last."""
     @builtins.property
     def models(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Keys of the model versions it belongs to."""
@@ -144,10 +155,11 @@ class HostImage(message.Message):
         size_bytes: builtins.int = ...,
         pinned: builtins.bool = ...,
         attached: abc.Iterable[builtins.str] | None = ...,
+        page_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attached", b"attached", "digest", b"digest", "models", b"models", "pinned", b"pinned", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attached", b"attached", "digest", b"digest", "models", b"models", "page_bytes", b"page_bytes", "pinned", b"pinned", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -246,6 +258,7 @@ class Gpu(message.Message):
     PARTITIONS_FIELD_NUMBER: builtins.int
     INSTANCES_FIELD_NUMBER: builtins.int
     INSTANCES_HIDDEN_FIELD_NUMBER: builtins.int
+    LINK_FIELD_NUMBER: builtins.int
     uuid: builtins.str
     index: builtins.int
     product: builtins.str
@@ -260,6 +273,10 @@ class Gpu(message.Message):
     health: builtins.str
     instances_hidden: builtins.bool
     """MIG mode is on, but this daemon may not see the instances."""
+    link: builtins.str
+    """The way to the host's memory: GPUs with the same one are behind one PCIe root, and their
+    partitions' copies take turns.
+    """
     @builtins.property
     def partitions(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @builtins.property
@@ -284,10 +301,11 @@ class Gpu(message.Message):
         partitions: abc.Iterable[builtins.str] | None = ...,
         instances: abc.Iterable[GpuInstance] | None = ...,
         instances_hidden: builtins.bool = ...,
+        link: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cordoned", b"cordoned", "health", b"health", "index", b"index", "instances", b"instances", "instances_hidden", b"instances_hidden", "memory_bytes", b"memory_bytes", "memory_used_bytes", b"memory_used_bytes", "mig_capable", b"mig_capable", "mig_enabled", b"mig_enabled", "multiprocessors", b"multiprocessors", "numa_node", b"numa_node", "partitions", b"partitions", "pci_bus_id", b"pci_bus_id", "product", b"product", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cordoned", b"cordoned", "health", b"health", "index", b"index", "instances", b"instances", "instances_hidden", b"instances_hidden", "link", b"link", "memory_bytes", b"memory_bytes", "memory_used_bytes", b"memory_used_bytes", "mig_capable", b"mig_capable", "mig_enabled", b"mig_enabled", "multiprocessors", b"multiprocessors", "numa_node", b"numa_node", "partitions", b"partitions", "pci_bus_id", b"pci_bus_id", "product", b"product", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

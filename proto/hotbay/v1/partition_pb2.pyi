@@ -519,7 +519,9 @@ class ApplyLayoutRequest(message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
+    """Of a plan that this daemon has shown since it started."""
     force: builtins.bool
+    """Not implemented: processes that are not hotbayd's are never ended by it."""
     request_id: builtins.str
     validate_only: builtins.bool
     def __init__(
@@ -533,5 +535,41 @@ class ApplyLayoutRequest(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["force", b"force", "plan_id", b"plan_id", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ApplyLayoutResponse(message.Message):
+    """`response` of ApplyLayout."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    PLAN_ID_FIELD_NUMBER: builtins.int
+    CREATED_FIELD_NUMBER: builtins.int
+    DESTROYED_FIELD_NUMBER: builtins.int
+    MOVED_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    plan_id: builtins.str
+    message: builtins.str
+    @builtins.property
+    def created(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @builtins.property
+    def destroyed(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @builtins.property
+    def moved(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Models whose partition went; they are brought back in the background."""
+
+    def __init__(
+        self,
+        *,
+        plan_id: builtins.str = ...,
+        created: abc.Iterable[builtins.str] | None = ...,
+        destroyed: abc.Iterable[builtins.str] | None = ...,
+        moved: abc.Iterable[builtins.str] | None = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["created", b"created", "destroyed", b"destroyed", "message", b"message", "moved", b"moved", "plan_id", b"plan_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

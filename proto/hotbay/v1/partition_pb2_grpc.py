@@ -104,7 +104,9 @@ class PartitionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ApplyLayout(self, request, context):
-        """Not implemented yet.
+        """Carries out a plan that was shown, if the GPUs are still cut as then. Partitions that go drain,
+        their models stay in host memory and are brought back where there is room. On failure, and when
+        cancelled between two steps, the layout of before is brought back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,10 @@ class PartitionServiceStub:
     GetLayout: grpc.UnaryUnaryMultiCallable[partition_pb2.GetLayoutRequest, partition_pb2.Layout]
     """The present layout as a file; planning that file changes nothing."""
     ApplyLayout: grpc.UnaryUnaryMultiCallable[partition_pb2.ApplyLayoutRequest, operations_proto_pb2.Operation]
-    """Not implemented yet."""
+    """Carries out a plan that was shown, if the GPUs are still cut as then. Partitions that go drain,
+    their models stay in host memory and are brought back where there is room. On failure, and when
+    cancelled between two steps, the layout of before is brought back.
+    """
 
 @typing.type_check_only
 class PartitionServiceAsyncStub(PartitionServiceStub):
@@ -55,7 +58,10 @@ class PartitionServiceAsyncStub(PartitionServiceStub):
     GetLayout: aio.UnaryUnaryMultiCallable[partition_pb2.GetLayoutRequest, partition_pb2.Layout]  # type: ignore[assignment]
     """The present layout as a file; planning that file changes nothing."""
     ApplyLayout: aio.UnaryUnaryMultiCallable[partition_pb2.ApplyLayoutRequest, operations_proto_pb2.Operation]  # type: ignore[assignment]
-    """Not implemented yet."""
+    """Carries out a plan that was shown, if the GPUs are still cut as then. Partitions that go drain,
+    their models stay in host memory and are brought back where there is room. On failure, and when
+    cancelled between two steps, the layout of before is brought back.
+    """
 
 class PartitionServiceServicer:
     def ListPartitions(
@@ -96,6 +102,9 @@ class PartitionServiceServicer:
         request: partition_pb2.ApplyLayoutRequest,
         context: _ServicerContext,
     ) -> typing.Union[operations_proto_pb2.Operation, abc.Awaitable[operations_proto_pb2.Operation]]:
-        """Not implemented yet."""
+        """Carries out a plan that was shown, if the GPUs are still cut as then. Partitions that go drain,
+        their models stay in host memory and are brought back where there is room. On failure, and when
+        cancelled between two steps, the layout of before is brought back.
+        """
 
 def add_PartitionServiceServicer_to_server(servicer: PartitionServiceServicer, server: typing.Union[grpc.Server, aio.Server]) -> None: ...

@@ -1,0 +1,372 @@
+"""Applying a layout: workers that drain and end, GPUs that are cut anew, workers that start.
+
+It owns the operation and what surrounds the partitioner's executor: which plan may be applied, the
+journal, the fleet, the models that lose their partition. It decides no step. The invariants: what
+is applied is the plan that was shown, or nothing; the intent is in the journal before a worker is
+told to end, and leaves it together with the marks of what is ours now; until then every model
+stays placed where it was, so that whoever takes the change back finds it brought back there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from typing import Protocol
+
+from daemon.control.actions.bring_back import BringBack
+from daemon.control.actions.conductor import Conductor
+from daemon.control.actions.layout_errors import refusal
+from daemon.control.actions.layouts import Layouts
+from daemon.control.actions.routing import Router
+from daemon.control.errors import ControlError, Refused
+from daemon.control.failpoints import FailPoint, FailPoints
+from daemon.control.notify import boot_id
+from daemon.control.state.failures import Failed
+from daemon.control.state.journal import Drop, Journal, Put
+from daemon.control.state.operations import Operations
+from daemon.control.state.records import (
+    AppliedLayout,
+    Failure,
+    Intent,
+    Kind,
+    Operation,
+    Plan,
+    Result,
+    Stage,
+)
+from daemon.control.state.running import Handle, Outcome, Request
+from daemon.control.state.world import World
+from partitioner import layout
+from partitioner.cutting import Cut, LayoutChange, Owned, Step, change_of, owned_after
+from partitioner.errors import NotRolledBackError, PartitionerError
+from partitioner.executor import Driver, Executor, describe
+from partitioner.gpu import Gpu
+from partitioner.partition import partitions_of
+
+CLAIM = "layout"
+
+log = logging.getLogger(__name__)
+
+
+class NodeDriver(Driver, Protocol):
+    """What reads and changes the GPUs of the node."""
+
+    async def discover(self) -> tuple[Gpu, ...]: ...
+
+
+class Workers(Protocol):
+    """The fleet, as far as partitions come and go."""
+
+    def add(self, partition: str) -> None: ...
+    async def settled(self, partition: str) -> None: ...
+    async def remove(self, partition: str, drain_timeout_s: float) -> None: ...
+
+
+class LayoutChanges:
+    """Applies plans, one at a time; settles at start what a daemon that was killed left open."""
+
+    def __init__(
+        self,
+        world: World,
+        layouts: Layouts,
+        driver: NodeDriver,
+        workers: Workers,
+        journal: Journal,
+        operations: Operations,
+        conductor: Conductor,
+        router: Router,
+        failpoints: FailPoints,
+    ) -> None:
+        self._world = world
+        self._layouts = layouts
+        self._driver = driver
+        self._workers = workers
+        self._journal = journal
+        self._operations = operations
+        self._conductor = conductor
+        self._router = router
+        self._failpoints = failpoints
+        self._executor = Executor(driver, self._note)
+        self._open: LayoutChange | None = None
+        """What the journal holds: under way, or neither done nor taken back."""
+        self._done: dict[str, Outcome] = {}
+        self._returning = BringBack(world, operations, conductor)
+
+    # By call.
+
+    async def apply(self, request: Request, plan_id: str, *, validate_only: bool) -> Operation:
+        """Begin to apply a plan that was shown. Raises Refused, having touched nothing."""
+        await self._conductor.admit()
+        if not validate_only:
+            existing = await self._operations.replay(request)
+            if existing is not None:
+                return existing
+        plan, change = await self._prepare(plan_id, "")
+        intent = Intent(Kind.LAYOUT, layout=plan_id)
+        foreseen = Plan(predicted_ms=plan.downtime_ms)
+        names = sorted({*_names(change, before=True), *_names(change, before=False)})
+        if validate_only:
+            now_s = time.time()
+            return Operation(
+                name="",
+                request_id=request.request_id,
+                method=request.method,
+                request_hash=request.request_hash,
+                intent=intent,
+                created_s=now_s,
+                ended_s=now_s,
+                stage=Stage.PLANNING,
+                plan=foreseen,
+                result=self._result(change, "nothing was changed (validate_only)"),
+            )
+        claims = (CLAIM, *(f"partition:{name}" for name in names))
+        return await self._operations.begin(request, intent, foreseen, claims, self._run)
+
+    async def _prepare(self, plan_id: str, operation: str) -> tuple[layout.Plan, LayoutChange]:
+        """Plan again what was shown, and look for what forbids it."""
+        plan, states = await self._layouts.again(plan_id)
+        for gpu in plan.gpus:
+            if any("/mps" in name for name in gpu.create):
+                raise Refused(
+                    f"gpu{gpu.index}: MPS shares cannot be applied yet: take `shares` out of the "
+                    "layout",
+                    reason="NOT_IMPLEMENTED",
+                )
+            if gpu.reset:
+                raise Refused(
+                    f"MIG mode of gpu{gpu.index} changes only with a reset of the GPU, which "
+                    "hotbayd never does: switch it with `nvidia-smi -mig`, then plan again",
+                    reason="RESET_NEEDED",
+                    metadata={"gpu": gpu.uuid},
+                )
+        change = change_of(plan, states, operation, boot_id())
+        try:
+            await self._executor.refuse_held(change, self._own_pids())
+        except PartitionerError as error:
+            raise refusal(error) from error
+        return plan, change
+
+    def _own_pids(self) -> frozenset[int]:
+        return frozenset(client.pid for client in self._world.processes.workers.values())
+
+    async def _run(self, handle: Handle) -> Outcome:
+        await self._failpoints.reach(FailPoint.BEGUN)
+        stop = asyncio.Event()
+
+        async def abandon() -> None:
+            stop.set()
+
+        handle.cancel_by(abandon)
+        handle.update(stage=Stage.PLANNING)
+        await self._settle_open()
+        _, change = await self._prepare(handle.record.intent.layout, handle.name)
+        pids = self._own_pids()
+        leaving = self._leaving(change)
+
+        def begun(step: Step, number: int, total: int) -> None:
+            gpu = next(each for each in change.gpus if each.gpu == step.gpu)
+            message = f"step {number} of {total}: {describe(step, gpu)}"
+            handle.update(stage=Stage.CUTTING, message=message)
+
+        await self._note(change)
+        try:
+            handle.update(stage=Stage.DRAINING, message=f"ending {len(leaving)} workers")
+            await self._take_down(leaving)
+            await self._failpoints.reach(FailPoint.CLEARED)
+            await self._executor.apply(change, own_pids=pids, cancelled=stop.is_set, begun=begun)
+            await self._failpoints.reach(FailPoint.CUT)
+        except (PartitionerError, ControlError) as error:
+            handle.update(stage=Stage.ROLLING_BACK, message=str(error))
+            raise await self._given_up(change, error) from error
+        handle.cancel_by(None)
+        handle.update(stage=Stage.COMMITTED, message="")
+        outcome = await self._committed(change)
+        assert outcome.result.layout is not None
+        await asyncio.gather(*map(self._workers.settled, outcome.result.layout.created))
+        return outcome
+
+    # What surrounds the cutting.
+
+    def _leaving(self, change: LayoutChange) -> tuple[str, ...]:
+        """The partitions that the change takes away, as far as there are any."""
+        gone = _names(change, before=True) - _names(change, before=False)
+        return tuple(name for name in self._world.partitions if name in gone)
+
+    async def _take_down(self, partitions: Iterable[str]) -> None:
+        """Hold new requests for what serves there, let the running ones end, end the workers."""
+        world, names = self._world, tuple(partitions)
+        for key in [key for key, where in world.serving.items() if where in names]:
+            world.withhold(key)
+        await self._router.publish()
+        drain_s = world.config.scheduling.drain_timeout_s
+        await asyncio.gather(*(self._workers.remove(each, drain_s) for each in names))
+
+    async def _given_up(self, change: LayoutChange, error: Exception) -> ControlError:
+        """Bring the old layout and its workers back; returns what to raise."""
+        if not isinstance(error, NotRolledBackError):
+            try:
+                await self._executor.take_back(change)
+            except PartitionerError as second:
+                error = NotRolledBackError(f"{error}; and it could not be taken back: {second}")
+        if not isinstance(error, NotRolledBackError):
+            await self._taken_back(change)
+        else:
+            self._repartition(await self._driver.discover(), change)
+        return error if isinstance(error, ControlError) else refusal(error)
+
+    async def _taken_back(self, change: LayoutChange) -> None:
+        """The old layout is there: the marks of instances that had to be made again are new."""
+        gpus = await self._driver.discover()
+        changes = self._marks(change, {gpu.uuid: gpu for gpu in gpus}, forward=False)
+        await self._journal.commit([Drop(change), *changes])
+        self._open = None
+        self._repartition(gpus, change)
+
+    async def _committed(self, change: LayoutChange) -> Outcome:
+        """The new layout is there: say so everywhere but in the journal, which the end does."""
+        world = self._world
+        gone = _names(change, before=True) - _names(change, before=False)
+        gpus = await self._driver.discover()
+        changes = self._marks(change, {gpu.uuid: gpu for gpu in gpus}, forward=True)
+        moved = [each for each in world.placements.values() if each.partition in gone]
+        for placement in moved:
+            world.displaced(placement.model)
+        result = self._result(change, "", tuple(each.model for each in moved))
+        self._repartition(gpus, change)
+        self._router.publish_soon()
+        self._open = None
+        self._returning.later(change.operation, result.layout.moved if result.layout else ())
+        return Outcome(result, (Drop(change), *changes, *(Drop(each) for each in moved)))
+
+    def _marks(
+        self, change: LayoutChange, gpus: dict[str, Gpu], *, forward: bool
+    ) -> list[Put | Drop]:
+        """Mark what is ours on the changed GPUs from now on, in memory, and for the journal."""
+        world, boot = self._world, boot_id()
+        changed = {each.gpu for each in change.gpus}
+        before = tuple(each for each in world.owned if each.gpu in changed)
+        after: tuple[Owned, ...] = tuple(
+            mark
+            for each in change.gpus
+            if each.gpu in gpus
+            for mark in owned_after(gpus[each.gpu], each, boot, forward=forward)
+            # What was to be taken over, and was not, is not ours.
+            if forward or any((mark.gpu, mark.place) == (old.gpu, old.place) for old in before)
+        )
+        world.owned = (*(each for each in world.owned if each.gpu not in changed), *after)
+        return [*(Drop(each) for each in before), *(Put(each) for each in after)]
+
+    def _repartition(self, gpus: tuple[Gpu, ...], change: LayoutChange) -> None:
+        """Let the partitions of the changed GPUs be those that are there, each with a worker."""
+        world = self._world
+        world.gpus = gpus
+        changed = {each.gpu for each in change.gpus}
+        found = partitions_of(gpus, world.owned, boot_id())
+        kept = [each for each in world.partitions.values() if each.gpu_uuid not in changed]
+        fresh = [each for each in found if each.gpu_uuid in changed]
+        world.repartition(sorted([*kept, *fresh], key=lambda each: each.gpu_index))
+        for each in fresh:
+            self._workers.add(each.id)
+
+    def _result(
+        self, change: LayoutChange, message: str, moved: tuple[str, ...] | None = None
+    ) -> Result:
+        before, after = _names(change, before=True), _names(change, before=False)
+        there = frozenset(self._world.partitions)
+        if moved is None:
+            moved = tuple(
+                key for name in sorted(before - after) for key in self._world.residents(name)
+            )
+        applied = AppliedLayout(
+            created=tuple(sorted(after - there)),
+            destroyed=tuple(sorted(before - after)),
+            moved=moved,
+        )
+        nothing = not (applied.created or applied.destroyed)
+        text = message or ("the layout was there already" if nothing else "")
+        return Result("", "ACTIVE", message=text, layout=applied)
+
+    async def _note(self, change: LayoutChange) -> None:
+        await self._journal.commit([Put(change)])
+        self._open = change
+
+    # What an earlier change left open.
+
+    async def _settle_open(self) -> None:
+        """Before anything new: a change that could neither be made nor taken back."""
+        change = self._open
+        if change is None:
+            return
+        try:
+            await self._executor.take_back(change)
+        except PartitionerError as error:
+            raise refusal(
+                NotRolledBackError(f"the change of {change.plan_id} is still half done: {error}")
+            ) from error
+        await self._taken_back(change)
+
+    async def settle(self, change: LayoutChange | None, operations: Iterable[Operation]) -> None:
+        """At start, before any worker is: bring an open change to one of its two ends."""
+        world, boot = self._world, boot_id()
+        void = [each for each in world.owned if each.boot_id != boot]
+        if void:
+            world.owned = tuple(each for each in world.owned if each.boot_id == boot)
+            await self._journal.commit([Drop(each) for each in void])
+            names = ", ".join(sorted({str(each.place) for each in void}))
+            world.warnings.append(f"GPU instances are gone since the host was started: {names}")
+        if change is None:
+            return
+        if change.boot_id != boot:
+            await self._journal.commit([Drop(change)])
+            world.warnings.append(f"the host was started during the change {change.plan_id}")
+            return
+        self._open = change
+        try:
+            new = await self._executor.settle(change)
+            if new:
+                gone = self._leaving(change)
+                outcome = await self._committed(change)
+                if any(each.name == change.operation for each in operations):
+                    self._done[change.operation] = outcome
+                else:
+                    await self._journal.commit(outcome.changes)
+            else:
+                gone = ()
+                await self._taken_back(change)
+        except PartitionerError as error:
+            log.error("the change %s cannot be settled: %s", change.plan_id, error)
+            world.warnings.append(f"the change of layout {change.plan_id} is half done: {error}")
+            return
+        for name in gone:
+            await self._workers.remove(name, 0.0)
+
+    async def after_restart(self, handle: Handle) -> Outcome:
+        """How an operation that an earlier daemon began has ended."""
+        outcome = self._done.pop(handle.name, None)
+        if outcome is not None:
+            return outcome
+        raise Failed(
+            Failure(
+                "LAYOUT_UNSETTLED" if self._open is not None else "CANCELLED",
+                "hotbayd ended while the layout was changed; "
+                + (
+                    "the change is half done, see the node's warnings"
+                    if self._open is not None
+                    else "the layout is the one of before: plan and apply again"
+                ),
+                {"operation": handle.name},
+            )
+        )
+
+
+def _names(change: LayoutChange, *, before: bool) -> frozenset[str]:
+    """The partitions of the changed GPUs in one of the two layouts."""
+    names: set[str] = set()
+    for each in change.gpus:
+        cut: Cut = each.before if before else each.after
+        names |= {f"gpu{each.index}/{place}" for place in cut.instances}
+        if not cut.mig_enabled:
+            names.add(f"gpu{each.index}")
+    return frozenset(names)

@@ -1,0 +1,82 @@
+"""How the gateway and the workers are started: their command lines, from the configuration.
+
+The command line is everything a child knows; nothing is passed through the environment. An address
+with port 0 is chosen once: a gateway that is started again listens where the first one did.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from daemon.control.config import Config
+from daemon.control.processes.place import Commands
+from partitioner.partition import Partition
+
+
+def commands(
+    config: Config,
+    partitions: dict[str, Partition],
+    listening: Callable[[], tuple[str, str]],
+    log_dir: Path | None,
+) -> Commands:
+    """Command lines by generation. `listening` is where a gateway was found, or empty strings."""
+    worker = config.worker
+    cores = len(os.sched_getaffinity(0))
+
+    def gateway(generation: int) -> list[str]:
+        http, grpc = listening()
+        settings = {"generation": generation, "body_bytes_max": config.gateway.body_bytes_max}
+        return [
+            *(sys.executable, "-m", "daemon.gateway.main"),
+            *("--runtime-dir", str(config.runtime_dir)),
+            *("--http", http or config.node.http),
+            *("--grpc", grpc or config.node.grpc),
+            *("--config-json", msgspec.json.encode(settings).decode()),
+        ]
+
+    def start_worker(partition: str, generation: int) -> list[str]:
+        # Partitions come and go; whoever starts takes a share of what there are then.
+        threads = worker.threads or max(1, cores // max(1, len(partitions)))
+        page = ("--page-bytes", str(worker.page_bytes)) if worker.page_bytes else ()
+        return [
+            *(sys.executable, "-m", "engine.worker.main"),
+            *("--partition", partition),
+            *("--runtime-dir", str(config.runtime_dir)),
+            *("--generation", str(generation)),
+            *_device(config, partitions[partition]),
+            *page,
+            *("--link", partitions[partition].link),
+            *("--link-wait-s", str(worker.link_wait_s)),
+            *("--threads", str(threads)),
+            *("--step-tokens", str(worker.step_tokens)),
+            "--prefix-cache" if worker.prefix_cache else "--no-prefix-cache",
+            *("--parking-bytes", str(worker.parking_bytes)),
+            *(("--strict",) if worker.strict else ()),
+            *(("--must-be-pinned",) if worker.must_be_pinned else ()),
+        ]
+
+    return Commands(config.runtime_dir, log_dir, gateway, start_worker)
+
+
+def _device(config: Config, partition: Partition) -> list[str]:
+    """What a worker computes on: the host's memory for a simulated partition, else its GPU."""
+    worker = config.worker
+    if config.node.simulate:
+        throttle = worker.link_bytes_per_s
+        return [
+            *("--device", "host"),
+            *("--memory-bytes", str(worker.memory_bytes)),
+            *(("--link-bytes-per-s", repr(throttle)) if throttle else ()),
+        ]
+    return [
+        *("--device", "cuda"),
+        *("--gpu", partition.device_uuid or partition.gpu_uuid),
+        *("--memory-bytes", str(partition.memory_bytes)),
+        *("--workspace-bytes", str(worker.workspace_bytes)),
+        *(() if worker.keep_mappings else ("--no-keep-mappings",)),
+    ]

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs, one to a file; importing one needs triton."""

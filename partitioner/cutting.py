@@ -1,0 +1,179 @@
+"""A change of layout as a value, and the one step that comes next: assert, then act.
+
+It owns what is journalled of a change and the decision what to do, from what a GPU says of itself.
+It is pure. The invariants: a step follows from what is there now, never from what was done before,
+so that going on after a crash, going back, and doing it a second time are the same; an instance
+that is in both layouts is in no step, and neither is one that is not ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from partitioner.errors import LayoutMovedError
+from partitioner.geometry import Instance
+from partitioner.gpu import Gpu, MigInstance
+from partitioner.layout import GpuPlan, GpuState, MigChange, Plan
+
+
+class Action(StrEnum):
+    """What a step does."""
+
+    DESTROY = "destroy"
+    DISABLE = "disable MIG mode of"
+    ENABLE = "enable MIG mode of"
+    COMPLETE = "complete"
+    CREATE = "create"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change of one GPU, with the identity of what it changes.
+
+    `number` is NVML's of the instance, `generation` that in which it was decided.
+    """
+
+    action: Action
+    gpu: str
+    place: Instance | None = None
+    number: int = 0
+    generation: int = 0
+
+    def same_as(self, other: Step | None) -> bool:
+        """Whether the other one does the same to the same thing."""
+        return other is not None and (self.action, self.gpu, self.place) == (
+            other.action, other.gpu, other.place,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Owned:
+    """The mark that an instance is ours: made by us, or taken over. Void after a reboot."""
+
+    gpu: str
+    place: Instance
+    number: int
+    uuid: str
+    boot_id: str
+
+    def marks(self, gpu: str, instance: MigInstance, boot_id: str) -> bool:
+        """Whether it is this instance that the mark was made for."""
+        return (
+            (self.gpu, self.place, self.number, self.boot_id)
+            == (gpu, instance.place, instance.number, boot_id)
+        ) and instance.uuid in ("", self.uuid)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one GPU is cut, instances that are not ours left out."""
+
+    mig_enabled: bool
+    instances: tuple[Instance, ...] = ()
+
+
+@dataclass(frozen=True)
+class GpuChange:
+    """From one cut to another. `foreign` are the instances that were there and stay untouched."""
+
+    gpu: str
+    index: int
+    before: Cut
+    after: Cut
+    foreign: tuple[Instance, ...] = ()
+
+    @property
+    def kept(self) -> frozenset[Instance]:
+        """The instances that are in both."""
+        return frozenset(self.before.instances) & frozenset(self.after.instances)
+
+
+@dataclass(frozen=True)
+class LayoutChange:
+    """What is meant to happen to a node, as journalled before anything does.
+
+    `step` is the one that is under way, or was the last.
+    """
+
+    plan_id: str
+    operation: str
+    boot_id: str
+    gpus: tuple[GpuChange, ...]
+    step: Step | None = None
+
+
+def change_of(plan: Plan, states: Iterable[GpuState], operation: str, boot_id: str) -> LayoutChange:
+    """The change that a plan describes, from the states that it was made of."""
+    found = {state.uuid: state for state in states}
+    gpus = tuple(_gpu_change(each, found[each.uuid]) for each in plan.gpus)
+    return LayoutChange(plan.id, operation, boot_id, gpus)
+
+
+def _gpu_change(plan: GpuPlan, state: GpuState) -> GpuChange:
+    foreign = tuple(sorted(plan.foreign_instances))
+    own = tuple(sorted(set(state.instances) - set(foreign)))
+    mig = state.mig_enabled if plan.mig_change is MigChange.NONE else not state.mig_enabled
+    after = Cut(mig, tuple(sorted(plan.chosen)))
+    return GpuChange(plan.uuid, plan.index, Cut(state.mig_enabled, own), after, foreign)
+
+
+def next_step(gpu: Gpu, change: GpuChange, *, forward: bool) -> Step | None:
+    """What is to be done now to come to the new cut, or back to the old one; None: it is there.
+
+    Raises `LayoutMovedError` where somebody else has changed what was to be kept.
+    """
+    return next(_steps(gpu, change, forward), None)
+
+
+def steps_left(gpu: Gpu, change: GpuChange) -> tuple[Step, ...]:
+    """Every step to the new cut, if nothing comes between."""
+    return tuple(_steps(gpu, change, True))
+
+
+def _steps(gpu: Gpu, change: GpuChange, forward: bool) -> Iterator[Step]:
+    if gpu.instances is None:
+        raise LayoutMovedError(f"gpu{change.index}: its instances cannot be seen any more")
+    if not gpu.mig_capable and (change.before.mig_enabled or change.after.mig_enabled):
+        # An answer that failed to come must not be taken for "off, without instances".
+        raise LayoutMovedError(f"gpu{change.index} does not tell its MIG mode any more")
+    target = change.after if forward else change.before
+    ours = [
+        each
+        for each in gpu.instances
+        if each.place in (*change.before.instances, *change.after.instances)
+        and each.place not in change.foreign
+    ]
+    here = {each.place for each in ours}
+    missing = sorted(set(target.instances) - here)
+    if forward and gpu.mig_enabled and (lost := sorted(change.kept & set(missing))):
+        raise LayoutMovedError(
+            f"gpu{change.index}/{lost[0]} was to be kept and is gone: somebody else changed it; "
+            "plan again"
+        )
+
+    def step(action: Action, place: Instance | None = None, number: int = 0) -> Step:
+        return Step(action, change.gpu, place, number, gpu.generation)
+
+    for each in ours:
+        if each.place not in target.instances:
+            yield step(Action.DESTROY, each.place, each.number)
+    if gpu.mig_enabled != target.mig_enabled:
+        yield step(Action.ENABLE if target.mig_enabled else Action.DISABLE)
+    for each in ours:
+        half = not each.uuid and each.place not in change.kept
+        if half and each.place in target.instances:
+            yield step(Action.COMPLETE, each.place, each.number)
+    for place in missing:
+        yield step(Action.CREATE, place)
+
+
+def owned_after(gpu: Gpu, change: GpuChange, boot_id: str, *, forward: bool) -> tuple[Owned, ...]:
+    """The marks of what is ours on a GPU once the change is through, or taken back."""
+    cut = change.after if forward else change.before
+    return tuple(
+        Owned(gpu.uuid, each.place, each.number, each.uuid, boot_id)
+        for each in gpu.instances or ()
+        if each.place in cut.instances
+    )

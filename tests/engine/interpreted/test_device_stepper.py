@@ -1,0 +1,350 @@
+"""Whole engines through the Triton kernels, launched and captured, overlapped and not.
+
+The same requests through the reference tell which tokens are right. `RecordedGraphs` stands where
+CUDA's graphs would: a replay does what was captured, and fails if any address moved.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from engine.device_stepper import DeviceStepper
+from engine.engine import Engine
+from engine.errors import GraphChanged
+from engine.graphs import Graphs, buckets_up_to
+from engine.kv_space import PlainKvSpace
+from engine.limits import EngineLimits
+from engine.link.tokens import Finish, Output, Sampling
+from engine.models.layout import image_recipes
+from engine.models.spec import ModelSpec, Rope
+from engine.recorded_graphs import RecordedGraphs
+
+PAGE_BYTES = 1 << 10
+"""Four tokens: requests go through many blocks."""
+VOCABULARY = 61
+PROMPTS = [[(7 * place + 3 * seed) % VOCABULARY for place in range(length)] for seed, length in
+           enumerate((1, 6, 13, 4, 2))]  # fmt: skip
+
+
+def spec_of() -> ModelSpec:
+    return ModelSpec(
+        family="qwen3",
+        layers=1,
+        hidden=32,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        intermediate=48,
+        vocabulary=VOCABULARY,
+        context_tokens=128,
+        tied=True,
+        norm_epsilon=1e-6,
+        rope=Rope(1e4),
+        eos_token_ids=(),
+    )
+
+
+def weights_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    return {
+        recipe.name: torch.randn(recipe.shape, generator=generator) * 0.4
+        + (1.0 if "norm" in recipe.name else 0.0)
+        for recipe in image_recipes(spec)
+    }
+
+
+SPEC = spec_of()
+WEIGHTS = weights_of(SPEC)
+
+
+def make_engine(graphs: Graphs | None = None, *, device: bool = True, **limits: int) -> Engine:
+    given: dict[str, Any] = {"make_stepper": DeviceStepper} if device else {}
+    pages = limits.pop("pages", 64)
+    space = PlainKvSpace(PAGE_BYTES, pages)
+    space.memory().view(torch.float32).fill_(float("nan"))
+    chosen = EngineLimits(**{"context_tokens": 48, "running_requests_max": 8, **limits})
+    return Engine(SPEC, WEIGHTS, space, chosen, graphs=graphs, **given)
+
+
+def run(engine: Engine, after: Callable[[int], None] | None = None) -> dict[int, list[Output]]:
+    found: dict[int, list[Output]] = {}
+    steps = 0
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault(output.request, []).append(output)
+        steps += 1
+        assert steps < 500
+        if after is not None:
+            after(steps)
+    engine._pool.check()
+    assert engine.statistics().kv_used_bytes == 0
+    return found
+
+
+def tokens_of(outputs: Sequence[Output]) -> list[int]:
+    return [token for output in outputs for token in output.tokens]
+
+
+def submit(engine: Engine, count: int, sampling: Sampling, prompts: Any = PROMPTS) -> None:
+    for index in range(count):
+        engine.submit(index, prompts[index], sampling)
+
+
+def answers(engine: Engine, count: int, sampling: Sampling) -> list[list[int]]:
+    submit(engine, count, sampling)
+    outputs = run(engine)
+    for index in range(count):
+        assert [one.finish for one in outputs[index]][-1] is not None
+        assert all(one.finish is None for one in outputs[index][:-1])
+    return [tokens_of(outputs[index]) for index in range(count)]
+
+
+@pytest.fixture(scope="module")
+def greedy_answers() -> list[list[int]]:
+    found = answers(make_engine(device=False), 5, GREEDY)
+    assert len({tuple(one) for one in found}) > 1, "a model that always says the same tests nothing"
+    return found
+
+
+GREEDY = Sampling(max_tokens=6, temperature=0.0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("captured", [False, True])
+def test_tokens_are_those_of_the_reference(
+    count: int, captured: bool, greedy_answers: list[list[int]]
+) -> None:
+    graphs = RecordedGraphs() if captured else None
+    engine = make_engine(graphs)
+    assert answers(engine, count, GREEDY) == greedy_answers[:count]
+    stepper: Any = engine._stepper
+    assert stepper.inputs.copies == engine.statistics().steps_total
+    assert engine.statistics().discarded_tokens_total == 0
+    if graphs is not None:
+        # Three buckets are passed through at most: a graph is replayed far more often than made.
+        assert graphs.replays >= 3
+        assert engine.statistics().stepper.replays == graphs.replays
+        assert engine.statistics().stepper.graphs == len(graphs.captured) <= 3
+
+
+def test_company_and_padding_change_nothing(greedy_answers: list[list[int]]) -> None:
+    """Requests of different lengths, so that batches shrink through buckets with padded rows."""
+    engine = make_engine(RecordedGraphs())
+    for index in range(5):
+        engine.submit(index, PROMPTS[index], Sampling(max_tokens=3 + index, temperature=0.0))
+    outputs = run(engine)
+    for index in range(5):
+        own = tokens_of(outputs[index])
+        count = min(len(own), 6)
+        assert own[:count] == greedy_answers[index][:count]
+        assert len(own) == 3 + index
+
+
+def test_draws_are_the_same_captured_or_not() -> None:
+    sampling = Sampling(
+        max_tokens=6, temperature=0.9, top_p=0.9, top_k=20, seed=5, presence_penalty=0.4,
+        repetition_penalty=1.2, logprobs=2, logit_bias={3: 1.0},
+    )  # fmt: skip
+    plain = answers(make_engine(), 3, sampling)
+    captured = answers(make_engine(RecordedGraphs()), 3, sampling)
+    apart = [answers(make_engine(), 1, sampling)[0]]
+    assert captured == plain
+    assert apart[0] == plain[0]
+    assert plain == answers(make_engine(device=False), 3, sampling)
+
+
+def test_logprobs_come_for_those_that_asked() -> None:
+    engine = make_engine(RecordedGraphs())
+    engine.submit(0, PROMPTS[1], Sampling(max_tokens=6, temperature=0.0, logprobs=3))
+    engine.submit(1, PROMPTS[2], Sampling(max_tokens=6, temperature=0.0))
+    outputs = run(engine)
+    assert all(len(one.logprobs[0].top) == 3 for one in outputs[0])
+    assert all(one.logprobs[0].logprob == one.logprobs[0].top[0][1] for one in outputs[0])
+    assert all(not one.logprobs for one in outputs[1])
+
+
+def test_a_stop_found_a_step_late_sends_no_token_too_many(greedy_answers: list[list[int]]) -> None:
+    stop = greedy_answers[1][2]
+    place = greedy_answers[1].index(stop)
+    engine = make_engine(RecordedGraphs())
+    sampling = Sampling(max_tokens=6, temperature=0.0, stop_token_ids=(stop,))
+    engine.submit(1, PROMPTS[1], sampling)
+    engine.submit(4, PROMPTS[4], GREEDY)
+    outputs = run(engine)
+    assert tokens_of(outputs[1]) == greedy_answers[1][:place]
+    assert [one.finish for one in outputs[1]][-1] is Finish.STOP
+    assert tokens_of(outputs[4]) == greedy_answers[4]
+    assert engine.statistics().discarded_tokens_total == 1
+    assert engine.statistics().generation_tokens_total == place + 6
+
+
+def test_cancelled_while_computed(greedy_answers: list[list[int]]) -> None:
+    engine = make_engine(RecordedGraphs())
+    submit(engine, 3, GREEDY)
+
+    def cancel(steps: int) -> None:
+        if steps == 4:
+            used = engine.statistics().kv_used_bytes
+            assert engine.cancel(2)
+            assert engine.statistics().kv_used_bytes < used, "KV is free within the step"
+            engine.submit(9, PROMPTS[3], GREEDY)
+
+    outputs = run(engine, cancel)
+    assert tokens_of(outputs[0]) == greedy_answers[0]
+    assert tokens_of(outputs[9]) == greedy_answers[3]
+    assert len(tokens_of(outputs[2])) < 6
+    engine.submit(0, PROMPTS[0], GREEDY)
+    engine.step()
+    engine.cancel(0)
+    assert engine.has_work, "the step under way has to be waited for"
+    assert engine.step() == []
+    assert not engine.has_work
+    assert engine.statistics().kv_bytes == 0
+
+
+def test_paused_in_the_middle(greedy_answers: list[list[int]]) -> None:
+    """Graphs stay through pauses, since weights come back to where they were."""
+    graphs = RecordedGraphs()
+    engine = make_engine(graphs)
+    submit(engine, 5, GREEDY)
+
+    def pause(steps: int) -> None:
+        if steps % 4 == 3:
+            engine.pause(keep_kv=steps % 8 == 3)
+            assert not any(-1 in request.tokens for request in engine._requests.values())
+            engine.resume(WEIGHTS)
+
+    outputs = run(engine, pause)
+    assert [tokens_of(outputs[index]) for index in range(5)] == greedy_answers[:5]
+    captured = len(graphs.captured)
+    assert answers(engine, 5, GREEDY) == greedy_answers[:5]
+    assert len(graphs.captured) == captured
+
+
+def test_prefixes_are_shared_while_a_step_is_under_way(greedy_answers: list[list[int]]) -> None:
+    """Blocks are found that a step still under way writes, but none by a token not yet drawn."""
+    engine = make_engine(RecordedGraphs())
+    longest = PROMPTS[2]
+    for number in range(3):
+        engine.submit(number, longest, GREEDY)
+    outputs = run(engine)
+    assert [tokens_of(outputs[number]) for number in range(3)] == [greedy_answers[2]] * 3
+    # The first has the prompt to compute, the others its last token; then each five of its own.
+    assert engine.statistics().computed_tokens_total == len(longest) + 2 + 3 * 5
+    turn = [*longest, *greedy_answers[2], 3]
+    plain = make_engine(device=False, prefix_cache=False)
+    plain.submit(3, turn, GREEDY)
+    engine.submit(3, turn, GREEDY)
+    found = run(engine)[3]
+    assert tokens_of(found) == tokens_of(run(plain)[3])
+    # 13 tokens and the first five drawn are computed, of which whole blocks have 16.
+    assert found[0].cached_tokens == 16
+    assert engine.statistics().discarded_tokens_total == 0
+
+
+def test_weights_elsewhere_are_captured_anew(greedy_answers: list[list[int]]) -> None:
+    graphs = RecordedGraphs()
+    engine = make_engine(graphs)
+    assert answers(engine, 2, GREEDY) == greedy_answers[:2]
+    before = len(graphs.captured)
+    engine.pause()
+    engine.resume(copy.deepcopy(WEIGHTS))
+    assert answers(engine, 2, GREEDY) == greedy_answers[:2]
+    assert len(graphs.captured) == 2 * before
+
+
+def test_with_too_few_blocks(greedy_answers: list[list[int]]) -> None:
+    engine = make_engine(RecordedGraphs(), pages=7, context_tokens=28)
+    sampling = Sampling(max_tokens=12, temperature=0.0)
+    wanted = answers(make_engine(device=False, pages=7, context_tokens=28), 5, sampling)
+    assert answers(engine, 5, sampling) == wanted
+    assert [one[:6] for one in wanted] == greedy_answers
+
+
+def test_behind_a_gate_nothing_overlaps(greedy_answers: list[list[int]]) -> None:
+    class Gate:
+        def wait(self, layer: int) -> None:
+            if self.shut:
+                raise TimeoutError("the weights do not come")
+
+        shut = True
+
+    graphs = RecordedGraphs()
+    engine = make_engine(graphs)
+    engine.pause()
+    gate = Gate()
+    engine.resume(WEIGHTS, gate)
+    submit(engine, 2, GREEDY)
+    with pytest.raises(TimeoutError):
+        engine.step()
+    gate.shut = False
+    first = engine.step()
+    assert {output.request: list(output.tokens) for output in first} == {
+        0: greedy_answers[0][:1], 1: greedy_answers[1][:1]
+    }  # fmt: skip
+    assert not graphs.captured
+    engine.open_gate()
+    outputs = run(engine)
+    assert tokens_of(outputs[0]) == greedy_answers[0][1:]
+    assert graphs.replays
+
+
+def test_settling_sends_what_is_under_way(greedy_answers: list[list[int]]) -> None:
+    engine = make_engine()
+    engine.submit(0, PROMPTS[1], GREEDY)
+    assert engine.step() == []
+    assert tokens_of(engine.settle()) == greedy_answers[1][:1]
+    assert engine.settle() == []
+    assert tokens_of(run(engine)[0]) == greedy_answers[1][1:]
+
+
+def test_a_graph_whose_memory_moved_is_found() -> None:
+    memory = {"kept": torch.ones(4)}
+    total = torch.zeros(4)
+
+    def work() -> None:
+        total.copy_(memory["kept"] * 2)
+
+    graph = RecordedGraphs().capture(work)
+    graph.replay()
+    memory["kept"] = memory["kept"].clone()
+    with pytest.raises(GraphChanged, match="operation 0"):
+        graph.replay()
+
+
+def test_a_graph_that_comes_back_to_the_host_is_refused() -> None:
+    value, kept = torch.ones(4), []
+    with pytest.raises(GraphChanged, match="waits"):
+        RecordedGraphs().capture(lambda: print(float(value.sum()))).replay()
+    with pytest.raises(GraphChanged, match="kept"):
+        RecordedGraphs().capture(lambda: kept.append(value * 2)).replay()
+
+
+def test_buckets() -> None:
+    assert buckets_up_to(1) == (1,)
+    assert buckets_up_to(3) == (1, 2, 4)
+    assert buckets_up_to(20) == (1, 2, 4, 8, 16, 24)
+    assert buckets_up_to(4096)[-1] == 256
+
+
+def test_strict_results_are_the_same_bits() -> None:
+    """Alone kernel by kernel, captured among others, and in other chunks: probabilities tell."""
+    sampling = Sampling(max_tokens=4, temperature=0.0, logprobs=0)
+
+    def probabilities(engine: Engine, others: int) -> list[float]:
+        for index in range(others):
+            engine.submit(index, PROMPTS[index], GREEDY)
+        engine.submit(9, PROMPTS[2], sampling)
+        return [output.logprobs[0].logprob for output in run(engine)[9]]
+
+    alone = probabilities(make_engine(strict=True), 0)
+    assert len(set(alone)) == 4
+    graphs = RecordedGraphs()
+    assert probabilities(make_engine(graphs, strict=True), 2) == alone
+    assert graphs.replays
+    assert probabilities(make_engine(graphs, strict=True, step_tokens=8), 1) == alone

@@ -1,0 +1,406 @@
+"""Packed images, whole: built from checkpoints, read back, brought to a device behind a gate."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import swap.cached_image
+import swap.packed_transfer
+from swap.arena import PagePool, Region
+from swap.build import build_image
+from swap.cached_image import restore_image, save_image
+from swap.checkpoint import Checkpoint
+from swap.checksum import checksum_of
+from swap.errors import CorruptWeights, DeviceMisuse, TransferCancelled
+from swap.identity import identify
+from swap.image import (
+    FORMAT,
+    TensorRecipe,
+    complete,
+    plan_image,
+    read_manifest,
+    segment_bytes,
+)
+from swap.image_check import verify_image
+from swap.packed_transfer import PackedTransfer
+from swap.pieces import arrival_offset_bytes, device_bytes, place_pieces
+from swap.segment import Segment
+from swap.store import HostStore
+from swap.unpacking import HostUnpacker
+from swap.writing import write_all, write_manifest
+
+BLOCK = 4096
+PIECE = 4 * BLOCK
+SHAPES = {
+    "embedding": (-1, (96, 1024)),
+    "a": (0, (70, 1000)),
+    "norm": (0, (33,)),
+    "nothing": (0, (0, 7)),
+    "noise": (1, (50, 1024)),
+    "b": (1, (64, 1024)),
+    "last": (2, (1024,)),
+}
+RECIPES = [TensorRecipe(name, layer, (name,), shape) for name, (layer, shape) in SHAPES.items()]
+
+
+def bits_of(name, shape, seed=0):
+    count = int(np.prod(shape))
+    draw = np.random.default_rng([seed, len(name), count])
+    if name == "noise":  # what no code makes smaller
+        return draw.integers(0, 1 << 16, shape, np.uint16)
+    return (draw.standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Builds images, packed or not, of bfloat16 (as float32 in the checkpoint's files)."""
+    segments = []
+
+    def make(packed=True, seed=0):
+        directory = tmp_path / f"{seed}"
+        directory.mkdir(exist_ok=True)
+        tensors = {}
+        for name, (_, shape) in SHAPES.items():
+            wide = bits_of(name, shape, seed).astype(np.uint32) << np.uint32(16)
+            # Signalling NaN and such would be rounded on the way from float32; noise without them.
+            tensors[name] = np.where(np.isnan(wide.view(np.float32)), np.uint32(0x7FC00000), wide)
+        save_file(
+            {name: tensor.view(np.float32) for name, tensor in tensors.items()},
+            directory / "model.safetensors",
+        )
+        layout = plan_image(RECIPES, "bfloat16", {}, piece_weights=PIECE if packed else 0)
+        segment = Segment.create(segment_bytes(layout), "test")
+        segments.append(segment)
+        with Checkpoint.open(directory) as checkpoint:
+            return build_image(checkpoint, RECIPES, layout, segment), segment, layout
+
+    yield make
+    for segment in segments:
+        segment.close()
+
+
+@pytest.fixture
+def stage(make_device, build):
+    """A packed image, the plain one of the same weights, and a transfer ready to start."""
+    opened = []
+
+    def prepare(alter=None, **options):
+        manifest, segment, _ = build()
+        plain, plain_segment, _ = build(packed=False)
+        if alter is not None:
+            segment = alter(manifest, segment)
+        pool = PagePool(make_device(4, **options))
+        region = Region(pool, "weights", device_bytes(manifest))
+        region.grow(region.pages_max)
+        mapping = segment.map()
+        opened.append(mapping)
+        transfer = PackedTransfer(pool.device, manifest, mapping, region, HostUnpacker())
+        expected = os.pread(plain_segment.descriptor, plain.weights_bytes, 0)
+        return transfer, manifest, region, expected
+
+    yield prepare
+    for mapping in opened:
+        mapping.close()
+
+
+@pytest.fixture
+def small_copies(monkeypatch):
+    monkeypatch.setattr(swap.packed_transfer, "PACKED_COPY_BYTES_MAX", 4096)
+
+
+def tensors_at(address, manifest):
+    return {
+        entry.name: ctypes.string_at(address + entry.offset_bytes, entry.size_bytes)
+        for entry in manifest.tensors
+    }
+
+
+def test_a_packed_image_is_smaller_and_holds_the_same_weights(build):
+    manifest, segment, layout = build()
+    plain, plain_segment, _ = build(packed=False)
+    assert manifest.packed
+    assert manifest.format == plain.format == FORMAT
+    assert not plain.packed
+    assert b"piece" not in msgspec.json.encode(plain)
+    assert b"stored" not in msgspec.json.encode(plain)
+    assert segment.size_bytes == segment_bytes(manifest) == os.fstat(segment.descriptor).st_size
+    assert segment.size_bytes < 0.85 * plain_segment.size_bytes < segment_bytes(layout)
+    assert segment.sealed
+    assert read_manifest(segment.descriptor) == manifest
+    assert manifest.weights_bytes == plain.weights_bytes
+    assert manifest.layers == plain.layers
+    assert [entry.checksum for entry in manifest.tensors] == [
+        entry.checksum for entry in plain.tensors
+    ]
+    assert manifest.digest != plain.digest
+    verify_image(segment.descriptor, manifest)
+    by_name = {entry.name: entry for entry in manifest.tensors}
+    assert len(by_name["embedding"].pieces) == 6
+    assert by_name["nothing"].pieces == ()
+    assert by_name["norm"].pieces == (66,)  # too small to be packed
+    assert all(size == PIECE * 2 for size in by_name["noise"].pieces[:-1])
+    assert build()[0] == manifest
+
+
+def test_the_store_counts_what_a_packed_image_takes(build):
+    manifest, segment, layout = build()
+    store = HostStore(segment_bytes(layout))
+    reservation = store.reserve(segment_bytes(layout))
+    assert store.commit(reservation, Segment(os.dup(segment.descriptor))) == manifest
+    assert store.used_bytes == segment_bytes(manifest) < segment_bytes(layout)
+    store.close()
+
+
+def test_only_bfloat16_is_packed():
+    for dtype, piece in (("float32", PIECE), ("bfloat16", 5), ("bfloat16", 1 << 40)):
+        with pytest.raises(ValueError, match="cannot be packed"):
+            plan_image(RECIPES, dtype, {}, piece_weights=piece)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5 * BLOCK)), min_size=1, max_size=12),
+    st.randoms(use_true_random=False),
+)
+def test_no_weights_reach_into_what_is_still_packed(items, choose):
+    recipes = [
+        TensorRecipe(f"t{index}", layer, (), (count,)) for index, (layer, count) in enumerate(items)
+    ]
+    layout = plan_image(recipes, "bfloat16", {}, piece_weights=2 * BLOCK)
+    pieces = {
+        entry.name: tuple(choose.randint(1, size) for size in entry.pieces)
+        for entry in layout.tensors
+    }
+    manifest = complete(layout, {entry.name: entry.checksum for entry in layout.tensors}, pieces)
+    base = arrival_offset_bytes(manifest)
+    for piece in place_pieces(manifest):
+        assert piece.offset_bytes + piece.weights_bytes <= base + piece.stored_offset_bytes
+    assert manifest.weights_bytes <= device_bytes(manifest) <= device_bytes(layout)
+    longest = max((piece.weights_bytes for piece in place_pieces(manifest)), default=0)
+    padding = 4096 * (len(manifest.layers) + 2) + 256 * len(manifest.tensors)
+    assert device_bytes(layout) <= manifest.weights_bytes + longest + padding
+    assert segment_bytes(manifest) <= segment_bytes(layout)
+
+
+def test_the_weights_arrive_unpacked_layer_by_layer(stage, small_copies):
+    transfer, manifest, region, expected = stage()
+    transfer.start()
+    for span in manifest.layers:
+        transfer.gate.wait(span.layer, 20)
+        for entry in manifest.tensors:
+            if entry.layer == span.layer:
+                landed = ctypes.string_at(region.address + entry.offset_bytes, entry.size_bytes)
+                assert landed == expected[entry.offset_bytes :][: entry.size_bytes]
+    transfer.join()
+    assert transfer.complete
+    assert transfer.bytes_done == transfer.bytes_total == manifest.stored_bytes
+    for name, data in tensors_at(region.address, manifest).items():
+        entry = next(one for one in manifest.tensors if one.name == name)
+        assert checksum_of(data) == entry.checksum
+
+
+def test_a_throttled_link_carries_only_what_is_stored(stage, stepped_clock):
+    clock = stepped_clock()
+    transfer, manifest, _, expected = stage(link_bytes_per_s=1e6, clock=clock)
+    transfer.start()
+    transfer.join()
+    assert clock.now == pytest.approx(manifest.stored_bytes / 1e6)
+    assert clock.now < 0.85 * len(expected) / 1e6
+
+
+def test_a_cancelled_transfer_leaves_nothing_running(stage, small_copies, stepped_clock):
+    clock = stepped_clock(blocking=True)
+    transfer, manifest, region, _ = stage(link_bytes_per_s=1.0, clock=clock)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(transfer.gate.wait, manifest.layers[-1].layer, 20)
+        transfer.start()
+        assert clock.asleep.acquire(timeout=20)
+        transfer.cancel()
+        clock.step(1 + region.pool.device.copies_ahead)
+        with pytest.raises(TransferCancelled):
+            transfer.join()
+        with pytest.raises(TransferCancelled):
+            waiting.result(20)
+    assert not transfer.complete
+    region.release()
+
+
+def test_weights_that_have_arrived_but_are_not_unpacked_never_land(stage):
+    transfer, manifest, _, _ = stage()
+
+    def reached(place, cancelled):
+        if place == "unpacking":  # one copy call has brought every byte by now
+            transfer.cancel()
+
+    transfer._reached = reached
+    transfer.start()
+    with pytest.raises(TransferCancelled):
+        transfer.join()
+    assert transfer.bytes_done == transfer.bytes_total
+    assert not transfer.complete
+    with pytest.raises(TransferCancelled):
+        transfer.gate.wait(len(manifest.layers) - 2, timeout_s=10)
+
+
+def altered_at(place_in_piece, value):
+    """A copy of a segment with one byte of its first packed piece changed, sealed again."""
+
+    def alter(manifest, segment):
+        content = bytearray(os.pread(segment.descriptor, segment.size_bytes, 0))
+        piece = next(one for one in place_pieces(manifest) if one.packed)
+        content[piece.stored_offset_bytes + place_in_piece] = value
+        copy = Segment.create(segment.size_bytes, "altered")
+        write_all(copy.descriptor, bytes(content), 0)
+        copy.seal()
+        return copy
+
+    return alter
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, 0), (4, 9), (9, 0xFF), (64, 0xFF), (70, 0xFF)])
+def test_a_damaged_piece_ends_the_transfer_as_corrupt(stage, place, value):
+    transfer, manifest, region, _ = stage(alter=altered_at(place, value))
+    transfer.start()
+    with pytest.raises(CorruptWeights, match="packed weights is damaged"):
+        transfer.join()
+    with pytest.raises(CorruptWeights):
+        transfer.gate.wait(manifest.layers[-1].layer, 20)
+    region.release()
+
+
+def test_verification_finds_altered_packed_bytes(build):
+    manifest, segment, _ = build()
+    copy = altered_at(8192, 0x55)(manifest, segment)
+    assert read_manifest(copy.descriptor) == manifest  # weights are not read for it
+    with pytest.raises(CorruptWeights, match="tensor embedding"):
+        verify_image(copy.descriptor, manifest)
+    verify_image(copy.descriptor, manifest, ["a", "noise"])
+    copy.close()
+
+
+@pytest.mark.parametrize("piece_bytes", [4096, 8 << 20])
+def test_a_packed_image_comes_back_from_disk(build, tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(swap.cached_image, "PIECE_BYTES", piece_bytes)
+    manifest, segment, layout = build()
+    path = tmp_path / "an.image"
+    assert save_image(segment, path) == segment_bytes(manifest) == path.stat().st_size
+    told = []
+    with Segment.create(segment_bytes(layout), "back") as back:
+        restored = restore_image(
+            path, layout, back, digest=manifest.digest, progress=lambda *now: told.append(now)
+        )
+        assert restored == manifest == read_manifest(back.descriptor)
+        assert back.sealed
+        assert os.pread(back.descriptor, 1 << 30, 0) == path.read_bytes()
+    assert told == sorted(told)
+    assert told[-1] == (manifest.stored_bytes, manifest.stored_bytes)
+
+
+def test_one_altered_bit_of_a_packed_image_on_disk_is_found(build, tmp_path):
+    manifest, segment, layout = build()
+    path = tmp_path / "an.image"
+    save_image(segment, path)
+    sound = path.read_bytes()
+    pieces = place_pieces(manifest)
+    raw = next(one for one in pieces if not one.packed)
+    gaps = [one for one in pieces if one.stored_bytes % 256]
+    places = [
+        0,
+        pieces[1].stored_offset_bytes + 9000,
+        raw.stored_offset_bytes + raw.stored_bytes - 1,
+        gaps[0].stored_offset_bytes + gaps[0].stored_bytes,
+        gaps[-1].stored_offset_bytes + gaps[-1].stored_bytes,
+        manifest.stored_bytes + 100,
+        len(sound) - 20,
+    ]
+    for place in places:
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        with (
+            Segment.create(segment_bytes(layout), "back") as back,
+            pytest.raises(CorruptWeights),
+        ):
+            restore_image(path, layout, back)
+    for cut in (1, 4096, manifest.stored_bytes):
+        path.write_bytes(sound[:-cut])
+        with (
+            Segment.create(segment_bytes(layout), "back") as back,
+            pytest.raises(CorruptWeights),
+        ):
+            restore_image(path, layout, back)
+
+
+def test_an_image_on_disk_stands_in_only_for_one_packed_alike(build, tmp_path):
+    _, segment, layout = build()
+    _, plain_segment, plain_layout = build(packed=False)
+    for kept, wanted in ((segment, plain_layout), (plain_segment, layout)):
+        path = tmp_path / "an.image"
+        save_image(kept, path)
+        with (
+            Segment.create(segment_bytes(wanted), "back") as back,
+            pytest.raises(CorruptWeights, match=r"bytes|another model"),
+        ):
+            restore_image(path, wanted, back)
+    with Checkpoint.open(tmp_path / "0") as checkpoint:
+        keys = {identify(checkpoint, RECIPES, one).key for one in (layout, plain_layout)}
+    assert len(keys) == 2
+
+
+def test_copying_waits_for_pages_that_come_later(make_device, build):
+    manifest, segment, _ = build()
+    pool = PagePool(make_device(4))
+    region = Region(pool, "weights", device_bytes(manifest))
+    with segment.map() as mapping:
+        transfer = PackedTransfer(
+            pool.device, manifest, mapping, region, HostUnpacker(), growing=True
+        )
+        transfer.start()
+        while region.mapped_pages < region.pages_max:
+            assert not transfer.complete
+            region.grow(1)
+            transfer.backed(region.mapped_bytes)
+        transfer.join()
+        for name, data in tensors_at(region.address, manifest).items():
+            entry = next(one for one in manifest.tensors if one.name == name)
+            assert checksum_of(data) == entry.checksum
+
+
+def test_a_region_without_room_to_unpack_is_refused(stage):
+    transfer, manifest, region, _ = stage()
+    region.shrink(1)
+    source = transfer._mapping
+    with pytest.raises(DeviceMisuse, match="needs"):
+        PackedTransfer(region.pool.device, manifest, source, region, HostUnpacker())
+
+
+def test_a_manifest_whose_pieces_lie_is_refused(build):
+    manifest, segment, _ = build()
+    replace = msgspec.structs.replace
+    first, *rest = manifest.tensors
+    lies = [
+        {"tensors": (replace(first, pieces=first.pieces[1:]), *rest)},
+        {"tensors": (replace(first, pieces=(*first.pieces[:-1], 0)), *rest)},
+        {"tensors": (replace(first, pieces=(*first.pieces[:-1], PIECE * 2 + 1)), *rest)},
+        {"tensors": (replace(first, dtype="float16"), *rest)},
+        {"piece_weights": PIECE + 1},
+        {"piece_weights": 1 << 40},
+        {"piece_weights": 0},
+        {"format": 1},
+    ]
+    for lie in lies:
+        bare = replace(manifest, **lie)
+        signed = complete(bare, {entry.name: entry.checksum for entry in bare.tensors})
+        descriptor = os.memfd_create("lie")
+        os.ftruncate(descriptor, segment.size_bytes + (1 << 20))
+        write_manifest(descriptor, signed)
+        with pytest.raises(CorruptWeights, match="inconsistent"):
+            read_manifest(descriptor)
+        os.close(descriptor)
