@@ -53,7 +53,7 @@ def bench(verse: Model, tale: Model, prose: Model) -> Iterator[Callable[..., Ben
     made: list[Bench] = []
 
     def make(pages: int = PAGES, parking_bytes: int = 64 * MIB) -> Bench:
-        made.append(Bench([verse, tale, prose], pages, parking_bytes))
+        made.append(Bench([verse, tale, prose], pages, parking_bytes, strict=True))
         return made[-1]
 
     yield make
@@ -199,7 +199,7 @@ def test_what_hangs_in_a_process_ends_at_its_deadline(
 
     async def run() -> None:
         switched = ",".join(after(point, Action.HANG) for point in (FailPoint.PARKING, *points))
-        arguments = ("--failpoints", switched, "--stage-timeout-s", "1")
+        arguments = ("--failpoints", switched, "--stage-timeout-s", "1", "--strict")
         memory = PAGES * PAGE
         async with worker_process(runtime_dir, *arguments, memory_bytes=memory) as worker:
             hotbayd, gateway = await worker.hotbayd(), await worker.gateway()
@@ -245,7 +245,7 @@ def test_a_worker_killed_anywhere_is_followed_by_one_that_serves(
             points = f"{point}+{passed}=kill"
             if point is FailPoint.ROLLING_BACK:
                 points += f",{FailPoint.COPIED}+1=raise"
-            arguments = ("--failpoints", points)
+            arguments = ("--failpoints", points, "--strict")
             memory = PAGES * PAGE
             async with worker_process(runtime_dir, *arguments, memory_bytes=memory) as worker:
                 # Each finds the sockets of one that was killed, and the same descriptors.
