@@ -11,36 +11,17 @@ from typing import Annotated
 
 import typer
 
-from daemon.gpuctl import cli_layouts
+from daemon.gpuctl import cli_layouts, cli_models, cli_moves
 from daemon.gpuctl.complete import completion_script
 from daemon.gpuctl.exits import Exit
 from daemon.gpuctl.options import (
-    CanaryOption,
-    DrainTimeoutOption,
-    DryRunOption,
-    IncomingArgument,
-    LayersOption,
     ModelArgument,
-    NoCanaryOption,
     OperationArgument,
-    OutgoingArgument,
-    PartitionOption,
-    QueueOption,
     RequestIdOption,
     WaitOption,
-    WeightsBytesOption,
     command,
 )
 from daemon.gpuctl.session import Session
-
-
-class InFlightChoice(StrEnum):
-    """What to do with running requests."""
-
-    DRAIN = "drain"
-    PRESERVE = "preserve"
-    RECOMPUTE = "recompute"
-    ABORT = "abort"
 
 
 class Shell(StrEnum):
@@ -50,16 +31,6 @@ class Shell(StrEnum):
     ZSH = "zsh"
     FISH = "fish"
 
-
-InFlightOption = Annotated[
-    InFlightChoice | None,
-    typer.Option(
-        "--in-flight",
-        help="Finish running requests for the drain timeout and preserve the rest, preserve them "
-        "all with their KV, compute them again later, or end them. "
-        "By default as the daemon is configured.",
-    ),
-]
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -81,14 +52,14 @@ def build() -> typer.Typer:
     app = _group("Steer the models and GPU partitions of a Hotbay node.", root=True)
     _declare_views(app)
     models = _group("Register and look at models.")
-    _declare_models(models)
+    cli_models.declare(models)
     app.add_typer(models, name="model")
     layouts = _group("Look at how GPUs are cut, and plan how they could be.")
     cli_layouts.declare(layouts)
     app.add_typer(layouts, name="part")
-    _declare_pull(app)
-    _declare_moves(app)
-    _declare_pins(app)
+    cli_models.declare_pull(app)
+    cli_moves.declare(app)
+    cli_models.declare_pins(app)
     _declare_calibrate(app)
     _declare_run(app)
     operations = _group("Look at, wait for and cancel operations.")
@@ -153,211 +124,6 @@ def _declare_views(app: typer.Typer) -> None:
     def completion(shell: Shell) -> None:
         """Print the completion script of a shell: eval "$(gpuctl completion bash)"."""
         print(completion_script(shell.value))
-
-
-def _declare_models(app: typer.Typer) -> None:
-    @command(app, "register")
-    def register(
-        session: Session,
-        name: Annotated[str, typer.Argument(help="What to call it.")],
-        directory: Annotated[str, typer.Argument(help="Its checkpoint, on the daemon's host.")],
-        version: Annotated[int, typer.Option(min=0, help="0: one more than the newest.")] = 0,
-        request_id: RequestIdOption = "",
-        dry_run: DryRunOption = False,
-    ) -> None:
-        """Make a checkpoint known; nothing is loaded."""
-        from daemon.gpuctl import models
-
-        models.register(session, name, directory, version, request_id, dry_run)
-
-    @command(app, "ls")
-    def list_models(session: Session) -> None:
-        """All versions of all models."""
-        from daemon.gpuctl import models
-
-        models.list_models(session)
-
-    @command(app, "show")
-    def show(session: Session, model: ModelArgument) -> None:
-        """Everything about one model."""
-        from daemon.gpuctl import models
-
-        models.show(session, model)
-
-
-def _declare_pull(app: typer.Typer) -> None:
-    @command(app, "pull")
-    def pull(
-        session: Session,
-        repository: Annotated[
-            str, typer.Argument(metavar="REPO[@REVISION]", help="OWNER/NAME on the hub.")
-        ],
-        name: Annotated[
-            str, typer.Option("--as", metavar="NAME", help="What to call it; by default NAME.")
-        ] = "",
-        token_file: Annotated[
-            str,
-            typer.Option(metavar="F", help="Holds a token for the hub; on the daemon's host."),
-        ] = "",
-        request_id: RequestIdOption = "",
-        dry_run: DryRunOption = False,
-        wait: Annotated[
-            bool,
-            typer.Option(
-                "--wait/--no-wait",
-                " /--detach",
-                help="Wait for the end, or print the operation's name.",
-            ),
-        ] = True,
-    ) -> None:
-        """Fetch a model from a hub (Hugging Face or a mirror) and register it."""
-        from daemon.gpuctl import moves, pulls
-
-        how = moves.How(request_id, dry_run, wait)
-        pulls.pull(session, repository, name, token_file, how)
-
-
-def _declare_moves(app: typer.Typer) -> None:
-    @command(app, "load")
-    def load(
-        session: Session,
-        model: ModelArgument,
-        standby: Annotated[
-            bool, typer.Option("--standby", help="Only bring it to host memory.")
-        ] = False,
-        partition: PartitionOption = "",
-        queue: QueueOption = False,
-        canary: CanaryOption = "",
-        no_canary: NoCanaryOption = False,
-        request_id: RequestIdOption = "",
-        dry_run: DryRunOption = False,
-        wait: WaitOption = True,
-    ) -> None:
-        """Make a model ACTIVE where it fits, else leave it STANDBY."""
-        from daemon.gpuctl import moves
-
-        how = moves.How(request_id, dry_run, wait)
-        moves.load(
-            session,
-            model,
-            partition,
-            how,
-            standby=standby,
-            queue=queue,
-            canary=canary,
-            forget_canary=no_canary,
-        )
-
-    @command(app, "stage")
-    def stage(
-        session: Session,
-        model: ModelArgument,
-        partition: PartitionOption = "",
-        layers: LayersOption = 0,
-        weights_bytes: WeightsBytesOption = 0,
-        request_id: RequestIdOption = "",
-        dry_run: DryRunOption = False,
-        wait: WaitOption = True,
-    ) -> None:
-        """Put a model's weights into spare memory; a swap to it copies nothing, or the rest."""
-        from daemon.gpuctl import moves
-
-        how = moves.How(request_id, dry_run, wait)
-        moves.stage(session, model, partition, layers, weights_bytes, how)
-
-    @command(app, "unload")
-    def unload(
-        session: Session,
-        model: ModelArgument,
-        evict: Annotated[
-            bool, typer.Option("--evict", help="Also drop it from host memory.")
-        ] = False,
-        in_flight: InFlightOption = None,
-        drain_timeout: DrainTimeoutOption = None,
-        request_id: RequestIdOption = "",
-        dry_run: DryRunOption = False,
-        wait: WaitOption = True,
-    ) -> None:
-        """Take a model off its partition."""
-        from daemon.gpuctl import moves
-
-        how = moves.How(request_id, dry_run, wait)
-        moves.unload(session, model, moves.in_flight(in_flight), drain_timeout, evict, how)
-
-    @command(app, "swap")
-    def swap(
-        session: Session,
-        outgoing: OutgoingArgument,
-        incoming: IncomingArgument,
-        partition: PartitionOption = "",
-        in_flight: InFlightOption = None,
-        drain_timeout: DrainTimeoutOption = None,
-        queue: QueueOption = False,
-        request_id: RequestIdOption = "",
-        dry_run: DryRunOption = False,
-        wait: WaitOption = True,
-    ) -> None:
-        """Take A out of service on its partition and put B in, as one transaction."""
-        from daemon.gpuctl import moves
-
-        how = moves.How(request_id, dry_run, wait)
-        policy = moves.in_flight(in_flight)
-        moves.swap(session, outgoing, incoming, partition, policy, drain_timeout, queue, how)
-
-    @command(app, "drain")
-    def drain(
-        session: Session,
-        model: ModelArgument,
-        in_flight: InFlightOption = None,
-        drain_timeout: DrainTimeoutOption = None,
-        request_id: RequestIdOption = "",
-        dry_run: DryRunOption = False,
-        wait: WaitOption = True,
-    ) -> None:
-        """Stop admitting requests for a model; its weights stay."""
-        from daemon.gpuctl import moves
-
-        how = moves.How(request_id, dry_run, wait)
-        moves.drain(session, model, moves.in_flight(in_flight), drain_timeout, how)
-
-    @command(app, "resume")
-    def resume(
-        session: Session,
-        model: ModelArgument,
-        request_id: RequestIdOption = "",
-        dry_run: DryRunOption = False,
-        wait: WaitOption = True,
-    ) -> None:
-        """Let a drained model serve again."""
-        from daemon.gpuctl import moves
-
-        moves.resume(session, model, moves.How(request_id, dry_run, wait))
-
-
-def _declare_pins(app: typer.Typer) -> None:
-    @command(app, "pin")
-    def pin(
-        session: Session,
-        model: ModelArgument,
-        request_id: RequestIdOption = "",
-        dry_run: DryRunOption = False,
-    ) -> None:
-        """Keep a model's image in host memory, whatever else needs the memory."""
-        from daemon.gpuctl import models
-
-        models.pin(session, model, True, request_id, dry_run)
-
-    @command(app, "unpin")
-    def unpin(
-        session: Session,
-        model: ModelArgument,
-        request_id: RequestIdOption = "",
-        dry_run: DryRunOption = False,
-    ) -> None:
-        """Let a model's image make room for others again."""
-        from daemon.gpuctl import models
-
-        models.pin(session, model, False, request_id, dry_run)
 
 
 def _declare_calibrate(app: typer.Typer) -> None:

@@ -23,7 +23,11 @@ OptionalFileOption = Annotated[
 
 def declare(app: typer.Typer) -> None:
     """Add the commands of `gpuctl part`."""
+    _declare_views(app)
+    _declare_files(app)
 
+
+def _declare_views(app: typer.Typer) -> None:
     @command(app, "ls")
     def list_partitions(session: Session) -> None:
         """Partitions, and the GPU instances that are there without serving."""
@@ -38,6 +42,15 @@ def declare(app: typer.Typer) -> None:
 
         layouts.profiles(session)
 
+    @command(app, "export")
+    def export(session: Session) -> None:
+        """Print the present layout as a layout file."""
+        from daemon.gpuctl import layouts
+
+        layouts.export(session)
+
+
+def _declare_files(app: typer.Typer) -> None:
     @command(app, "plan")
     def plan(session: Session, file: LayoutFileOption) -> None:
         """What a layout file would keep, create, destroy and move. Changes nothing."""
@@ -74,10 +87,3 @@ def declare(app: typer.Typer) -> None:
         from daemon.gpuctl import layouts
 
         return layouts.assert_layout(session, file)
-
-    @command(app, "export")
-    def export(session: Session) -> None:
-        """Print the present layout as a layout file."""
-        from daemon.gpuctl import layouts
-
-        layouts.export(session)
