@@ -1,13 +1,13 @@
 """One model's runtime on one partition: requests in, one step at a time, tokens out.
 
-Owns the requests from submission to their last token, the KV account and the decoder over the
-weights it was given. It never owns a thread, a socket or the memory of its weights: the worker
-calls `step` while `has_work`, all from one thread. Where computing overlaps, a step is planned and
-launched before the one before it is collected: what turns out to have ended by then has its draw
-thrown away. Invariants: a request is answered with exactly one finish unless it is cancelled; what
-goes wrong with one request ends that one alone; pages are given up only while nothing is computed;
-a paused engine holds no weight, its KV can be taken away page by page, and what it ran goes on
-afterwards with the same tokens.
+Owns the order of a step, the KV account and the decoder over the weights it was given; which
+requests are open, and what is said of them, is `engine.answers`'. It never owns a thread, a socket
+or the memory of its weights: the worker calls `step` while `has_work`, all from one thread. Where
+computing overlaps, a step is planned and launched before the one before it is collected: what turns
+out to have ended by then has its draw thrown away. Invariants: what goes wrong with one request
+ends that one alone; pages are given up only while nothing is computed; a paused engine holds no
+weight, its KV can be taken away page by page, and what it ran goes on afterwards with the same
+tokens.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 
+from engine.answers import Answers
 from engine.block_copies import BlockCopies
 from engine.block_pool import BlockPool
 from engine.choose_stepper import choose_stepper
-from engine.errors import KvTooSmall
+from engine.filling import Filling
 from engine.flight import Flight
 from engine.graphs import Graphs
 from engine.kv_layout import KvLayout
 from engine.kv_space import KvSpace
 from engine.limits import EngineLimits
-from engine.link.tokens import Finish, Output, Sampling
+from engine.link.tokens import Output, Sampling
 from engine.models.decoder import Decoder, Gate, OpenGate, Weights
 from engine.models.spec import ModelSpec
 from engine.parking import KvLane, Vacating
 from engine.prefix_keys import SECRET_BYTES, PrefixKeys
 from engine.refusals import no_room, refusal
 from engine.request import UNDRAWN, Request
-from engine.sampler import Draw
 from engine.scheduler import Chunk, Scheduler
 from engine.statistics import EngineStatistics
 from engine.stepper import MakeStepper
@@ -70,35 +70,22 @@ class Engine:
         self.spec = spec
         self.limits = limits
         self.layout = KvLayout.choose(spec, dtype, kv.page_bytes)
-        pages_needed = self.layout.pages_for(limits.context_tokens)
-        if pages_needed > kv.pages_max:
-            raise KvTooSmall(
-                f"the KV of {limits.context_tokens} tokens takes {pages_needed} pages of "
-                f"{kv.page_bytes} bytes, and there is room for {kv.pages_max}: raise it to "
-                f"{pages_needed * kv.page_bytes} bytes, or lower context_tokens",
-                needed_bytes=pages_needed * kv.page_bytes,
-                available_bytes=kv.pages_max * kv.page_bytes,
-            )
+        self.layout.require_room(limits.context_tokens, kv.pages_max)
         self._pool = BlockPool(kv, self.layout.blocks_per_page)
         keys = None
         if limits.prefix_cache:
             keys = PrefixKeys(secrets.token_bytes(SECRET_BYTES), self.layout.block_tokens)
         self._scheduler = Scheduler(limits, self._pool, self.layout.block_tokens, keys)
-        self._copies = BlockCopies(self.layout, kv.memory())
+        self._filling = Filling(self._scheduler, BlockCopies(self.layout, kv.memory()))
         self._clock = clock
         self._stepper = make_stepper(spec, self.layout, kv.memory(), limits, graphs)
-        self._requests: dict[int, Request] = {}
-        self._ready: list[Output] = []
-        """Outputs for the next step to return."""
+        self._answers = Answers(self._scheduler)
         self._flight: Flight | None = None
         self._gated = False
         self._decoder: Decoder | None = None
         self._arrivals = 0
         self._prompt_tokens = 0
-        self._generation_tokens = 0
         self._computed_tokens = 0
-        self._discarded_tokens = 0
-        self._unparked_s = 0.0
         self._steps = 0
         if weights is not None:
             self.resume(weights, gate)
@@ -119,11 +106,11 @@ class Engine:
 
         Raises ValueError for an id that is in use: answers could not be told apart.
         """
-        if request_id in self._requests:
+        if request_id in self._answers:
             raise ValueError(f"request {request_id} is running or waiting already")
         why_not = refusal(prompt, sampling, self.limits, self.spec, self.waiting)
         if why_not:
-            self._ready.append(Output(request_id, finish=Finish.ERROR, error=why_not))
+            self._answers.refuse(request_id, why_not)
             return
         stops = set(sampling.stop_token_ids)
         if not sampling.ignore_eos:
@@ -141,24 +128,19 @@ class Engine:
             cache_salt=cache_salt,
         )
         self._arrivals += 1
-        self._requests[request_id] = request
-        self._scheduler.add(request)
+        self._answers.add(request)
 
     def cancel(self, request_id: int) -> bool:
         """Forget a request and free its KV; nothing is answered. False when there is none."""
-        self._ready = [output for output in self._ready if output.request != request_id]
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return False
-        self._scheduler.remove(request)
+        dropped = self._answers.drop(request_id)
         self._release_idle()
-        return True
+        return dropped
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything: never while paused, but to answer refusals."""
-        return bool(self._ready) or (
-            self._decoder is not None and (bool(self._requests) or self._flight is not None)
+        return self._answers.ready or (
+            self._decoder is not None and (len(self._answers) > 0 or self._flight is not None)
         )
 
     @property
@@ -186,7 +168,7 @@ class Engine:
         and it can be called again.
         """
         if self._decoder is None:
-            return self._take_ready()
+            return self._answers.take()
         launched = self._launch(self._decoder)
         try:
             self._land()
@@ -195,7 +177,7 @@ class Engine:
         if not self._overlapping:
             self._land()
         self._release_idle()
-        return self._take_ready()
+        return self._answers.take()
 
     def settle(self) -> list[Output]:
         """Wait for the step that is under way, if one is; returns what is to be sent.
@@ -204,7 +186,7 @@ class Engine:
         """
         self._land()
         self._release_idle()
-        return self._take_ready()
+        return self._answers.take()
 
     # Weights.
 
@@ -258,7 +240,7 @@ class Engine:
 
     def forget_parked(self) -> None:
         """Give up all KV in host memory."""
-        for request in self._requests.values():
+        for request in self._answers:
             request.forget_kv()
 
     def resume(self, weights: Weights, gate: Gate | None = None) -> None:
@@ -283,7 +265,7 @@ class Engine:
             kv_bytes=self._pool.pages_held * self.layout.page_bytes,
             cached_bytes=self._pool.idle * self.layout.block_bytes,
             prompt_tokens_total=self._prompt_tokens,
-            generation_tokens_total=self._generation_tokens,
+            generation_tokens_total=self._answers.generation_tokens,
             computed_tokens_total=self._computed_tokens,
             prefix_lookup_tokens_total=self._scheduler.prefixes.lookup_tokens,
             prefix_hit_tokens_total=self._scheduler.prefixes.hit_tokens,
@@ -291,8 +273,8 @@ class Engine:
             steps_total=self._steps,
             parked=len(parked),
             parked_bytes=sum(one.size_bytes for one in parked),
-            unparked_s=self._unparked_s,
-            discarded_tokens_total=self._discarded_tokens,
+            unparked_s=self._filling.unparked_s,
+            discarded_tokens_total=self._answers.discarded_tokens,
             stepper=self._stepper.statistics,
         )
 
@@ -305,18 +287,15 @@ class Engine:
     def _launch(self, decoder: Decoder) -> Flight | None:
         """Plan a step and begin it; None when there is nothing to compute."""
         plan = self._scheduler.schedule()
-        if plan.exhausted or any(one.incomplete for one in self._scheduler.running):
+        if plan.exhausted or self._filling.wanted:
             # They may end by the step before it; and KV is not brought to its blocks beside it.
             self._land(gone=plan.exhausted)
-        lost = self._fill()
+        lost = self._filling.fill()
         for request in plan.exhausted:
-            if self._is_open(request):
-                del self._requests[request.id]
-                error = no_room(len(request.tokens), self.layout)
-                self._ready.append(Output(request.id, finish=Finish.ERROR, error=error))
+            self._answers.end_dropped(request, no_room(len(request.tokens), self.layout))
         # Chunks of one shape lie side by side, so that they can be computed as one.
         planned = [one for one in plan.chunks if one.request not in lost]
-        chunks = sorted((one for one in planned if self._is_open(one.request)), key=_shape)
+        chunks = sorted((one for one in planned if self._answers.is_open(one.request)), key=_shape)
         if not chunks:
             return None
         launched = self._stepper.launch(decoder, chunks, steady=not self._gated)
@@ -347,83 +326,11 @@ class Engine:
                 request.counted = True
                 self._prompt_tokens += request.prompt_tokens
         for (request, place), draw in zip(flight.draws, draws, strict=True):
-            if self._is_open(request):
-                self._ready.append(self._accept(request, draw, place, request in gone))
-            else:
-                self._discarded_tokens += 1
-
-    def _is_open(self, request: Request) -> bool:
-        return self._requests.get(request.id) is request
-
-    def _accept(self, request: Request, draw: Draw, place: int, gone: bool) -> Output:
-        """Put one drawn token in its place in the request, or end it."""
-        cached = request.cached_tokens if place == request.prompt_tokens else 0
-        if draw.token is None:
-            # Nobody is to go on from what led to this.
-            self._scheduler.prefixes.forget(request)
-            error = "the model's output for it is not a number"
-            return self._end(request, Finish.ERROR, error, gone=gone)
-        if draw.token in request.stop_token_ids:
-            return self._end(request, Finish.STOP, gone=gone, cached_tokens=cached)
-        # Behind it there may be one that is on its way already.
-        request.tokens[place : place + 1] = [draw.token]
-        self._generation_tokens += 1
-        finish = None
-        if place + 1 >= request.tokens_max:
-            finish = Finish.LENGTH
-            self._end(request, finish, gone=gone)
-        logprobs = () if draw.logprob is None else (draw.logprob,)
-        return Output(request.id, (draw.token,), logprobs, finish, cached_tokens=cached)
-
-    def _fill(self) -> list[Request]:
-        """Bring KV that is kept elsewhere to the blocks that requests were given for it.
-
-        Returns those whose parked KV did not come: they wait again, to compute it anew.
-        """
-        self._copies.copy(
-            [
-                (request.source, request.blocks[request.named])
-                for request in self._scheduler.running
-                if request.source is not None
-            ]
-        )
-        lost = []
-        for request in list(self._scheduler.running):
-            self._scheduler.filled(request)
-            if request.parked is None:
-                continue
-            started = time.monotonic()
-            try:
-                request.restore_kv()
-            except Exception:
-                log.exception("KV of request %d is computed again: bringing it back", request.id)
-                request.forget_kv()
-                self._scheduler.preempt(request)
-                lost.append(request)
-            self._unparked_s += time.monotonic() - started
-        return lost
-
-    def _end(
-        self,
-        request: Request,
-        finish: Finish,
-        error: str = "",
-        *,
-        gone: bool,
-        cached_tokens: int = 0,
-    ) -> Output:
-        del self._requests[request.id]
-        if not gone:
-            self._scheduler.remove(request)
-        return Output(request.id, finish=finish, error=error, cached_tokens=cached_tokens)
-
-    def _take_ready(self) -> list[Output]:
-        outputs, self._ready = self._ready, []
-        return outputs
+            self._answers.accept(request, draw, place, gone)
 
     def _release_idle(self) -> None:
         # A step that is under way may write to pages of what has been cancelled.
-        if not self._requests and self._flight is None:
+        if not self._answers and self._flight is None:
             self._pool.trim_empty()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.errors import BlockTooLarge
+from engine.errors import BlockTooLarge, KvTooSmall
 from engine.models.spec import DTYPE_BYTES, ModelSpec
 
 BLOCK_TOKENS_MAX = 32
@@ -86,3 +86,15 @@ class KvLayout:
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens of one sequence."""
         return -(-self.blocks_for(tokens) // self.blocks_per_page)
+
+    def require_room(self, context_tokens: int, pages_max: int) -> None:
+        """Raise KvTooSmall when `pages_max` pages do not hold one sequence of `context_tokens`."""
+        needed = self.pages_for(context_tokens)
+        if needed > pages_max:
+            raise KvTooSmall(
+                f"the KV of {context_tokens} tokens takes {needed} pages of {self.page_bytes} "
+                f"bytes, and there is room for {pages_max}: raise it to "
+                f"{needed * self.page_bytes} bytes, or lower context_tokens",
+                needed_bytes=needed * self.page_bytes,
+                available_bytes=pages_max * self.page_bytes,
+            )

@@ -216,7 +216,7 @@ def test_paused_in_the_middle(greedy_answers: list[list[int]]) -> None:
     def pause(steps: int) -> None:
         if steps % 4 == 3:
             engine.pause(keep_kv=steps % 8 == 3)
-            assert not any(-1 in request.tokens for request in engine._requests.values())
+            assert not any(-1 in request.tokens for request in engine._answers)
             engine.resume(WEIGHTS)
 
     outputs = run(engine, pause)
