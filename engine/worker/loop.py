@@ -24,6 +24,7 @@ from engine.worker.drain import DrainCounts, drain
 from engine.worker.errors import OperationInProgress
 from engine.worker.exchange import Exchange
 from engine.worker.failpoints import FailPoints
+from engine.worker.garbage import Garbage
 from engine.worker.mailbox import Mailbox, promise
 from engine.worker.order import Order
 from engine.worker.residency import Residency
@@ -77,6 +78,7 @@ class StepLoop:
         self._crashed = crashed
         self._clock = clock
         self._turns = Turns()
+        self._garbage = Garbage()
         self._jobs: list[_Job] = []
         self._exchange: Exchange | None = None
         self._staging: Staging | None = None
@@ -246,6 +248,8 @@ class StepLoop:
             while not self._stopped:
                 if not busy or self._clock() >= self._told_at + SNAPSHOT_INTERVAL_S:
                     self._tell()
+                if not busy and not self._jobs:
+                    self._garbage.collect()
                 self.mailbox.wait(0.0 if busy else self._sleep_s())
                 for mail in self.mailbox.take():
                     mail()
@@ -270,6 +274,7 @@ class StepLoop:
                 job.resume_at = next(job.steps)
             except StopIteration:
                 self._jobs.remove(job)
+                self._garbage.left()
 
     def _tell(self) -> None:
         before = self.snapshot.outline

@@ -21,6 +21,7 @@ from engine.worker.calls import Calls
 from engine.worker.control_side import ControlSide
 from engine.worker.desk import Desk
 from engine.worker.failpoints import FailPoints
+from engine.worker.garbage import keep_what_is_there
 from engine.worker.listener import Listeners
 from engine.worker.loop import StepLoop
 from engine.worker.options import Options
@@ -143,6 +144,7 @@ class _Worker:
 
     async def run(self) -> int:
         """Serve until Shutdown or SIGTERM; returns the exit status."""
+        keep_what_is_there()
         self.loop.start()
         self._prefaulting.start()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -29,6 +29,7 @@ from engine.worker.residency import Residency
 from engine.worker.resident import Resident
 from engine.worker.staging import Staging
 from swap.arena import PagePool
+from swap.device import DeviceMemory
 from swap.errors import InsufficientDeviceMemory, SwapError
 from swap.host_device import HostDevice
 from tests.engine.checkpoints import make_checkpoint
@@ -137,20 +138,29 @@ class Bench:
         link_bytes_per_s: float | None = None,
         draw: random.Random | None = None,
         strict: bool = False,
+        device: DeviceMemory | None = None,
     ) -> None:
         self.models = {model.key: model for model in models}
-        self.device = HostDevice(pages * PAGE, link_bytes_per_s=link_bytes_per_s)
+        self.device = device or HostDevice(pages * PAGE, link_bytes_per_s=link_bytes_per_s)
         self.desk = Desk(self._collect, lambda link: None)
         self.pool = PagePool(self.device)
         self.residency = Residency(self.pool, self.desk, 64, parking_bytes, strict=strict)
         for model in models:
-            descriptor = os.dup(model.image.segment.descriptor)
-            self.residency.attach(Image.attach(self.device, descriptor, model.image.digest))
+            self.attach(model)
         self.desk.opened(1)
         self.sent: dict[int, Sent] = {}
         self._draw = draw or random.Random(0)
         self._woken = threading.Event()
         self._operations = 0
+
+    def attach(self, model: Model) -> None:
+        descriptor = os.dup(model.image.segment.descriptor)
+        self.residency.attach(Image.attach(self.device, descriptor, model.image.digest))
+
+    def detach(self, model: Model) -> None:
+        image = self.residency.detach(model.image.digest)
+        assert image is not None
+        image.close()
 
     @property
     def area_bytes(self) -> int:
