@@ -1,7 +1,8 @@
 """`hotbayd`: flags, the lock, the event loop, exit codes.
 
-Exit codes: 0 after SIGTERM, SIGINT or SIGUSR2 (see `lifetime`), 2 for a refused configuration, 3
-when what is needed to start is missing, 4 when another daemon uses the directories.
+Exit codes: 0 after SIGTERM, SIGINT or SIGUSR2 (see `lifetime`), 1 when `--doctor` finds that
+something is missing, 2 for a refused configuration, 3 when what is needed to start is missing, 4
+when another daemon uses the directories.
 """
 
 from __future__ import annotations
@@ -61,6 +62,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--print-config", action="store_true", help="print the configuration in force, and end"
     )
+    parser.add_argument(
+        "--doctor",
+        nargs="?",
+        const="table",
+        choices=("table", "json"),
+        help="say what this host lacks and what mends it, and end; code 1 if something is missing",
+    )
     parser.add_argument("--version", action="version", version=f"hotbayd {version()}")
     return parser.parse_args(arguments)
 
@@ -105,6 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(as_toml(config), end="")
             return 0
         with contextlib.ExitStack() as stack:
+            if parsed.doctor:
+                from daemon.control.doctor.program import report
+
+                stack.enter_context(simulated(config.node.simulate, config.runtime_dir))
+                return report(config, Notifier(os.environ), as_json=parsed.doctor == "json")
             for directory in dict.fromkeys((config.state_dir, config.runtime_dir)):
                 stack.callback(DirectoryLock.acquire(directory).release)
             stack.enter_context(simulated(config.node.simulate, config.runtime_dir))

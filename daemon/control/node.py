@@ -40,6 +40,7 @@ from daemon.control.processes.puller_client import Puller
 from daemon.control.processes.worker_client import WorkerClient
 from daemon.control.services import answers
 from daemon.control.services.api import make_server, snapshot
+from daemon.control.services.doctor import DoctorService
 from daemon.control.services.metrics import Metrics
 from daemon.control.services.nodes import NodeService
 from daemon.control.services.watch import Hub
@@ -190,6 +191,7 @@ class Node:
             layouts,
             self._layout_changes,
             pulls,
+            DoctorService(config, nvml, notifier.stored_max, version),
         )
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when one of the daemon's own loops does."""

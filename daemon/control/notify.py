@@ -26,6 +26,10 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._stored = _stored_descriptors(environment)
         watchdog_us = environment.get("WATCHDOG_USEC", "")
+        kept = environment.get("FDSTORE", "-1")
+        self.stored_max: int | None = int(kept) if address and kept.lstrip("-").isdigit() else None
+        """How many descriptors are kept; -1 where systemd (before 254) does not tell, None without.
+        """
         for_us = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog_interval_s: float | None = (
             int(watchdog_us) / 2e6 if watchdog_us.isdigit() and for_us else None

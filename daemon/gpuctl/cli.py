@@ -110,6 +110,13 @@ def _declare_views(app: typer.Typer) -> None:
 
         commands.events(session, follow=follow, kinds=kind or (), resume_token=resume)
 
+    @command(app, "doctor")
+    def doctor(session: Session) -> int:
+        """What the host lacks, and what mends it; exits 1 if something is missing."""
+        from daemon.gpuctl import doctor as commands
+
+        return commands.doctor(session)
+
     @command(app, "version")
     def version(
         session: Session,

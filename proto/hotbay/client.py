@@ -24,6 +24,8 @@ from hotbay.operations import Operations, duration_or_none
 from hotbay.patience import Clock, SystemClock
 from hotbay.v1 import (
     common_pb2,
+    doctor_pb2,
+    doctor_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     node_pb2,
@@ -38,6 +40,8 @@ CALL_TIMEOUT_S = 10.0
 RECONNECT_S = 30.0
 # A pull is answered once the hub has said what the repository holds.
 PULL_CALL_TIMEOUT_S = 30.0
+# The driver may take its time, and so may the host's disks.
+EXAMINE_TIMEOUT_S = 45.0
 
 InFlight = Literal["default", "drain", "preserve", "recompute", "abort"]
 
@@ -63,6 +67,7 @@ class Client:
         self._nodes = self._connection.stub(node_pb2_grpc.NodeServiceStub)
         self._partitions = self._connection.stub(partition_pb2_grpc.PartitionServiceStub)
         self._models = self._connection.stub(model_pb2_grpc.ModelServiceStub)
+        self._doctor = self._connection.stub(doctor_pb2_grpc.DoctorServiceStub)
         self._operations = Operations(self._connection, clock=self._clock, reconnect_s=reconnect_s)
 
     def __enter__(self) -> Self:
@@ -91,6 +96,13 @@ class Client:
         """The GPUs, and those that did not answer."""
         answer: node_pb2.ListGpusResponse = self._connection.call(
             self._nodes.ListGpus, node_pb2.ListGpusRequest()
+        )
+        return answer
+
+    def examine(self) -> doctor_pb2.Examination:
+        """What the daemon's host offers and lacks, each with the line that mends it."""
+        answer: doctor_pb2.Examination = self._connection.call(
+            self._doctor.Examine, doctor_pb2.ExamineRequest(), timeout_s=EXAMINE_TIMEOUT_S
         )
         return answer
 

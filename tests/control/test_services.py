@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from hotbay.reasons import DOMAIN, Reason
 from hotbay.v1 import (
+    doctor_pb2,
     model_pb2,
     node_pb2,
     partition_pb2,
@@ -45,6 +46,7 @@ WORKING = {
         *("LoadModel", "UnloadModel", "StageModel", "SwapModel", "DrainModel", "ResumeModel"),
         "PinModel",
     },
+    "DoctorService": {"Examine"},
     "WatchService": {"Watch"},
     "SchedulingService": set(),
     "TenantService": set(),
@@ -55,6 +57,7 @@ SERVICES = [
         node_pb2,
         partition_pb2,
         model_pb2,
+        doctor_pb2,
         watch_pb2,
         scheduling_pb2,
         tenant_pb2,

@@ -32,7 +32,8 @@ CONTROL_ARROWS: dict[str, tuple[str, ...]] = {
     "processes": (),
     "state": ("processes",),
     "actions": ("state", "processes"),
-    "services": ("actions", "state", "processes"),
+    "doctor": (),
+    "services": ("actions", "state", "processes", "doctor"),
 }
 CONTROL_BASE = ("config", "errors", "failpoints", "lock", "notify", "processor")
 CONTROL_TOP = (["main"], ["lifetime"], ["node"])

@@ -25,6 +25,8 @@ from grpc_status import rpc_status
 from hotbay.reasons import DOMAIN, Reason
 from hotbay.v1 import (
     common_pb2,
+    doctor_pb2,
+    doctor_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     node_pb2,
@@ -128,12 +130,14 @@ class ScriptedNode:
             )
         ]  # fmt: skip
         self.layout_plan = partition_pb2.LayoutPlan(plan_id="plan-0")
+        self.examination = doctor_pb2.Examination()
         self.profiles = partition_pb2.ListProfilesResponse()
         self._server: Any = None
 
     def start(self) -> None:
         self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=16))
         node_pb2_grpc.add_NodeServiceServicer_to_server(NodeAnswers(self), self._server)
+        doctor_pb2_grpc.add_DoctorServiceServicer_to_server(DoctorAnswers(self), self._server)
         partition_pb2_grpc.add_PartitionServiceServicer_to_server(
             PartitionAnswers(self), self._server
         )
@@ -250,6 +254,12 @@ class NodeAnswers(Answers, node_pb2_grpc.NodeServiceServicer):
         )
         metadata = model_pb2.OperationMetadata(kind="calibrate", request_id=request.request_id)
         return self.node.begin(metadata, node_pb2.CalibrateResponse(links=[link]))
+
+
+class DoctorAnswers(Answers, doctor_pb2_grpc.DoctorServiceServicer):
+    def Examine(self, request: Any, context: Any) -> doctor_pb2.Examination:
+        self.node.take("Examine", request, context)
+        return self.node.examination
 
 
 class PartitionAnswers(Answers, partition_pb2_grpc.PartitionServiceServicer):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from google.longrunning import operations_proto_pb2 as longrunning
 from google.protobuf.message import Message
 from hotbay.v1 import (
+    doctor_pb2,
     model_pb2,
     node_pb2,
     partition_pb2,
@@ -22,6 +23,7 @@ from daemon.control.actions.layouts import Layouts
 from daemon.control.actions.pulls import Pulls
 from daemon.control.actions.routing import Router
 from daemon.control.services import answers, views
+from daemon.control.services.doctor import DoctorService
 from daemon.control.services.models import ModelService
 from daemon.control.services.nodes import NodeService, PartitionService
 from daemon.control.services.operations import OperationsService, WatchService
@@ -45,12 +47,14 @@ def make_server(
     layouts: Layouts,
     layout_changes: LayoutChanges,
     pulls: Pulls,
+    doctor: DoctorService,
 ) -> Server:
     """The server with every service of the API; None stands for one that is not there yet."""
     implementations: dict[str, object | None] = {
         "NodeService": node_service,
         "PartitionService": PartitionService(world, operations, layouts, layout_changes),
         "ModelService": ModelService(world, operations, conductor, router, images, pulls),
+        "DoctorService": doctor,
         "WatchService": WatchService(hub),
         "Operations": OperationsService(operations),
     }
@@ -58,6 +62,7 @@ def make_server(
         node_pb2.DESCRIPTOR,
         partition_pb2.DESCRIPTOR,
         model_pb2.DESCRIPTOR,
+        doctor_pb2.DESCRIPTOR,
         watch_pb2.DESCRIPTOR,
         scheduling_pb2.DESCRIPTOR,
         tenant_pb2.DESCRIPTOR,
