@@ -22,6 +22,7 @@ from partitioner.errors import NvmlBusyError, NvmlClosedError, NvmlTimeoutError
 from partitioner.geometry import Geometry, Instance
 from partitioner.gpu import Gpu, NvmlDriver, Telemetry
 from partitioner.nvml import PynvmlReader
+from partitioner.readings import GpuReadings
 
 # Look-ups of seconds are normal under load; a driver that is silent for this long is stuck.
 DEFAULT_DEADLINE_S = 30.0
@@ -149,6 +150,10 @@ class BoundedNvml:
         """Read one GPU; see `NvmlReader.telemetry`."""
         what = f"telemetry of {uuid}"
         return await self._calls.call(what, lambda: self._opened().telemetry(uuid, generation))
+
+    async def readings(self) -> tuple[GpuReadings, ...]:
+        """Read every GPU for monitoring; see `PynvmlReader.readings`."""
+        return await self._calls.call("readings", lambda: self._opened().readings())
 
     async def geometry(self, uuid: str, generation: int) -> Geometry:
         """What instances a board allows; see `NvmlReader.geometry`."""

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from partitioner.geometry import Geometry, Instance
+
+if TYPE_CHECKING:
+    from partitioner.readings import GpuReadings
 
 # NVML tells the cores of a GPU but not its multiprocessors, so the ratio of each architecture (by
 # compute capability) has to be known. Anything else reports an SM count of 0: not known.
@@ -131,6 +134,10 @@ class NvmlReader(Protocol):
 
     def telemetry(self, uuid: str, generation: int) -> Telemetry:
         """Read one GPU; refuses a generation that is not the current one."""
+        ...
+
+    def readings(self) -> tuple[GpuReadings, ...]:
+        """What every GPU that answers measures of itself now, for monitoring."""
         ...
 
     def geometry(self, uuid: str, generation: int) -> Geometry:

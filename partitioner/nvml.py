@@ -10,7 +10,7 @@ generation moves on, because they, and indices, go stale after a change of geome
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,14 +25,13 @@ from partitioner.errors import (
     StaleGenerationError,
 )
 from partitioner.geometry import Geometry, Instance
-from partitioner.gpu import Gpu, GpuHealth, GpuProcess, Telemetry
+from partitioner.gpu import Gpu, GpuHealth, Telemetry
 from partitioner.nvml_facts import call, call_optional, read_ancestor, read_gpu, read_memory
 from partitioner.nvml_instances import read_geometry, read_instances
 from partitioner.pcie import links
+from partitioner.readings import GpuReadings, processes_of, read_readings
 
 _LOST = frozenset({pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_GPU_NOT_FOUND})
-# What NVML gives as the instance of a process that uses the whole GPU.
-_NO_INSTANCE = 0xFFFFFFFF
 # Errors of the library as a whole: no GPU is to blame for them.
 _OF_THE_LIBRARY = frozenset(
     {
@@ -106,7 +105,7 @@ class PynvmlReader:
             memory = read_memory(handle)
             utilization = call_optional("nvmlDeviceGetUtilizationRates", handle)
             power_mw = call_optional("nvmlDeviceGetPowerUsage", handle)
-            processes = call_optional("nvmlDeviceGetComputeRunningProcesses", handle) or []
+            processes = call_optional("nvmlDeviceGetComputeRunningProcesses", handle)
             return Telemetry(
                 uuid=uuid,
                 memory_used_bytes=memory[2],
@@ -117,15 +116,22 @@ class PynvmlReader:
                 utilization_percent=None if utilization is None else int(utilization.gpu),
                 pcie_generation=call_optional("nvmlDeviceGetCurrPcieLinkGeneration", handle),
                 pcie_lanes=call_optional("nvmlDeviceGetCurrPcieLinkWidth", handle),
-                processes=tuple(
-                    GpuProcess(each.pid, each.usedGpuMemory, _instance_of(each))
-                    for each in processes
-                ),
+                processes=processes_of(processes),
             )
         except NvmlCallError as error:
             if error.code not in _LOST:
                 raise
             raise GpuLostError(f"GPU {uuid} fell off the bus: {error}") from error
+
+    def readings(self) -> tuple[GpuReadings, ...]:
+        """What every GPU that answers measures of itself now; see `NvmlReader.readings`."""
+        read = []
+        for gpu in self.discover():
+            if gpu.health is GpuHealth.OK:
+                # One that fails just now is shown as such by the next discovery.
+                with suppress(NvmlCallError):
+                    read.append(read_readings(self._handles[gpu.uuid], gpu))
+        return tuple(read)
 
     def geometry(self, uuid: str, generation: int) -> Geometry:
         """Read the board's profiles and placements, once; raises as `telemetry` does."""
@@ -250,11 +256,6 @@ class PynvmlReader:
         if gpu.health is GpuHealth.LOST:
             self._handles.pop(gpu.uuid, None)
         return replace(gpu, generation=before.generation + 1)
-
-
-def _instance_of(process: Any) -> int | None:
-    number = int(getattr(process, "gpuInstanceId", _NO_INSTANCE))
-    return None if number == _NO_INSTANCE else number
 
 
 def _geometry(gpu: Gpu) -> tuple[object, ...]:

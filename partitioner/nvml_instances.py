@@ -54,7 +54,7 @@ def _placements(handle: Any, profile_id: int, name: str) -> tuple[Instance, ...]
 
 def read_instances(handle: Any, geometry: Geometry) -> tuple[MigInstance, ...] | None:
     """The GPU instances that exist, by slot; None where this process may not see them."""
-    devices = dict(_mig_devices(handle))
+    devices = dict(mig_devices(handle))
     found = []
     for profile in geometry.profiles:
         table = (pynvml.c_nvmlGpuInstance_t * profile.max_instances)()
@@ -84,7 +84,7 @@ def _instance(number: int, place: Instance, profile: Profile, device: Any) -> Mi
     return MigInstance(number, place, uuid, memory_bytes, int(attributes.multiprocessorCount))
 
 
-def _mig_devices(handle: Any) -> Iterator[tuple[int, Any]]:
+def mig_devices(handle: Any) -> Iterator[tuple[int, Any]]:
     """Each MIG device with its instance's number. Indices have holes, so all are asked."""
     for index in range(call_optional("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
         try:

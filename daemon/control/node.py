@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from daemon.control.actions.conductor import Conductor
 from daemon.control.actions.demand_loop import DemandLoop
 from daemon.control.actions.disk_cache import DiskCache
+from daemon.control.actions.gpu_readings import GpuMonitor
 from daemon.control.actions.images import Builders, Images
 from daemon.control.actions.layout_changes import LayoutChanges
 from daemon.control.actions.layouts import Layouts
@@ -132,7 +133,8 @@ class Node:
             packed_only=kept.keep == "packed",
         )
         self._spare = SpareKeeper(world, builders)
-        self._metrics = Metrics(world, self._disk)
+        self._monitor = GpuMonitor(nvml.readings)
+        self._metrics = Metrics(world, self._disk, self._monitor)
         failpoints = FailPoints(parse_failpoints(config.failpoints))
         self._hub = Hub(self._show, config.limits)
         self._operations = Operations(
@@ -225,6 +227,7 @@ class Node:
             asyncio.create_task(self._demand.run(), name="demand"),
             asyncio.create_task(self._disk.run(), name="image cache"),
             asyncio.create_task(self._spare.run(), name="spare memory"),
+            asyncio.create_task(self._monitor.run(), name="GPU readings"),
             asyncio.create_task(self._stage_ahead.run(), name="stage ahead"),
         ]
         for task in self._tasks:

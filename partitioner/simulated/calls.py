@@ -90,13 +90,6 @@ def _pci_info(node: SimulatedNode, gpu: SimulatedGpu, out: int) -> None:
     info.busIdLegacy = pynvml.NVML_DEVICE_PCI_BUS_ID_LEGACY_FMT % (0, gpu.bus, 0)
 
 
-def _memory_v1(node: SimulatedNode, gpu: SimulatedGpu, out: int) -> None:
-    memory = pynvml.c_nvmlMemory_t.from_address(out)
-    memory.total = gpu.board.memory_mib * MIB
-    memory.used = gpu.board.reserved_mib * MIB + gpu.used_bytes
-    memory.free = memory.total - memory.used
-
-
 def _memory_v2(node: SimulatedNode, gpu: SimulatedGpu, out: int) -> None:
     memory = versioned(pynvml.c_nvmlMemory_v2_t, out, pynvml.nvmlMemory_v2)
     memory.total = gpu.board.memory_mib * MIB
@@ -203,7 +196,6 @@ CALLS: Mapping[str, Symbol] = MappingProxyType(
         "nvmlDeviceGetIndex": unsigned(lambda gpu: gpu.index),
         "nvmlDeviceGetMinorNumber": unsigned(lambda gpu: gpu.index),
         "nvmlDeviceGetPciInfo_v3": ("hp", _pci_info),
-        "nvmlDeviceGetMemoryInfo": ("hp", _memory_v1),
         "nvmlDeviceGetMemoryInfo_v2": ("hp", _memory_v2),
         "nvmlDeviceGetCudaComputeCapability": ("hpp", _compute_capability),
         "nvmlDeviceGetNumGpuCores": unsigned(_cores),

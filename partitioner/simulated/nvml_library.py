@@ -24,6 +24,7 @@ from partitioner.simulated.calls import CALLS, WITHOUT_INIT
 from partitioner.simulated.mig_calls import MIG_CALLS
 from partitioner.simulated.mig_changes import MIG_CHANGES
 from partitioner.simulated.node import SimulatedGpu, SimulatedNode
+from partitioner.simulated.reading_calls import READING_CALLS
 
 _LOGGER = logging.getLogger(__name__)
 _EXPORTED = re.compile(
@@ -37,7 +38,9 @@ _ERROR_TEXTS = {
     25: "Version mismatch between the argument and the library",
     28: "GPU not found",
 }
-TABLES: Mapping[str, Symbol] = MappingProxyType({**CALLS, **MIG_CALLS, **MIG_CHANGES})
+TABLES: Mapping[str, Symbol] = MappingProxyType(
+    {**CALLS, **MIG_CALLS, **MIG_CHANGES, **READING_CALLS}
+)
 """Every symbol that is simulated."""
 
 

@@ -15,6 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from daemon.control.actions.disk_cache import DiskCache
+from daemon.control.actions.gpu_readings import GpuMonitor
+from daemon.control.services.gpu_metrics import GpuMetrics
 from daemon.control.state.records import Operation
 from daemon.control.state.world import World
 from engine.link.control import ExchangeResult, Ledger
@@ -26,7 +28,7 @@ PHASE_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 class Metrics:
     """Everything that is counted; `text` is the exposition."""
 
-    def __init__(self, world: World, disk: DiskCache) -> None:
+    def __init__(self, world: World, disk: DiskCache, monitor: GpuMonitor) -> None:
         self._registry = CollectorRegistry()
         self._swaps = Counter(
             "hotbay_swaps",
@@ -65,6 +67,7 @@ class Metrics:
             registry=self._registry,
         )
         self._registry.register(Reports(world, disk))
+        self._registry.register(GpuMetrics(world, monitor))
 
     def exchanged(self, result: ExchangeResult, predicted_ms: float = 0.0) -> None:
         """Count a swap, load or unload that ended on its partition; 0: nothing was foreseen."""
