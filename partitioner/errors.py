@@ -13,6 +13,13 @@ failed, on what, and what the reader can do.
     │   ├── ChangeNotMadeError   the driver reports as done what cannot be seen
     │   ├── ChangeCancelledError somebody asked for it to stop
     │   └── NotRolledBackError   neither the new nor the old layout could be reached yet
+    ├── MpsError                 a control daemon of MPS, or what it serves
+    │   ├── MpsUnavailableError  this host has no control program
+    │   ├── MpsCommandError      the program says that a command failed
+    │   ├── MpsAnswerError       its answer cannot be understood
+    │   ├── MpsTimeoutError      a command, a start or an end was not done in time
+    │   ├── MpsLimitError        a limit that was set reads back as another one
+    │   └── MpsShareError        seen from inside, a share is not what it was made to be
     ├── SimulationError          a --simulate value, or the installing of the simulated library
     └── NvmlError
         ├── NvmlUnavailableError no usable NVML library or driver on this host
@@ -84,6 +91,34 @@ class ChangeCancelledError(LayoutChangeError):
 
 class NotRolledBackError(LayoutChangeError):
     """Neither layout could be reached; the intent stays in the journal, to be settled later."""
+
+
+class MpsError(PartitionerError):
+    """Base of what goes wrong with MPS."""
+
+
+class MpsUnavailableError(MpsError):
+    """The control program is not there."""
+
+
+class MpsCommandError(MpsError):
+    """The control program ended with an error."""
+
+
+class MpsAnswerError(MpsError):
+    """The control program's answer is none that is known."""
+
+
+class MpsTimeoutError(MpsError):
+    """What was asked of a control daemon was not done in time."""
+
+
+class MpsLimitError(MpsError):
+    """A limit is not in force although no command failed."""
+
+
+class MpsShareError(MpsError):
+    """A process in a share has more than its share, or cannot be there at all."""
 
 
 class SimulationError(PartitionerError):

@@ -1,0 +1,34 @@
+"""Which language a driver's control program speaks, asked of the program itself.
+
+It owns the question, which starts no daemon. It never decides by a driver's number. The invariant:
+a place inside a MIG instance is given the legacy protocol, which works there on every driver; that
+namespaces do is nowhere promised.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from partitioner.errors import MpsCommandError
+from partitioner.mps.commands import Commands
+from partitioner.mps.control import Language, MpsControl
+from partitioner.mps.legacy import LegacyControl
+from partitioner.mps.named import NamedControl
+
+
+async def language_of(program: tuple[str, ...], directory: Path) -> Language:
+    """The newest language that the program speaks. Raises `MpsUnavailableError` without one."""
+    commands = Commands(program, directory, {})
+    try:
+        told = await commands.ask("-p", "3", "-h")
+    except MpsCommandError:
+        return Language.LEGACY  # It does not know the option.
+    return Language.NAMED if "namespace" in told else Language.LEGACY
+
+
+def control(
+    language: Language, program: tuple[str, ...], directory: Path, device: str
+) -> MpsControl:
+    """The daemon of these directories, in this language."""
+    made = NamedControl if language is Language.NAMED else LegacyControl
+    return made(program, directory, device)
