@@ -33,7 +33,8 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class Calls:
     """The calls of one worker, on the event loop.
 
-    `tell(stage)` passes on an exchange's progress, `ended()` is called once a Shutdown is done.
+    `tell(stage)` passes on an exchange's progress, `ended()` is called once a Shutdown is done,
+    `stuck(error)` when a call to the device does not return, which must end the process.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Calls:
         *,
         tell: Callable[[control.StageReached], None],
         ended: Callable[[], None],
+        stuck: Callable[[Exception], None],
     ) -> None:
         self._options = options
         self._residency = residency
@@ -51,6 +53,7 @@ class Calls:
         self._loop = loop
         self._tell = tell
         self._ended = ended
+        self._stuck = stuck
         self._order: Order | None = None
         self._staging: Order | None = None
         self._boot_id = BOOT_ID.read_text(encoding="ascii").strip()
@@ -175,6 +178,7 @@ class Calls:
                 self._residency.link_bytes_per_s,
                 self._tell,
                 self._loop.mailbox.wake,
+                self._stuck,
             )
         finally:
             self._order = None

@@ -1,4 +1,4 @@
-"""Named places where a test can make an exchange fail, end the process, or hang.
+"""Named places where a test can make an exchange fail, end the process, hang, or stick.
 
 Owns the names, what each action does, and nothing of an exchange. Invariant: a point fires once in
 a process's life, so that what follows a failure can be watched undisturbed, unless it was given a
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -42,6 +43,7 @@ class Action(StrEnum):
     RAISE = "raise"
     KILL = "kill"
     HANG = "hang"
+    STICK = "stick"  # hang in a call that nobody can interrupt
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class FailPoints:
             os.kill(os.getpid(), signal.SIGKILL)
         if trigger.action is Action.HANG:
             hang()
+        if trigger.action is Action.STICK:
+            threading.Event().wait()
         raise FailPointReached(f"fail point {point} was switched on to {trigger.action}")
 
 

@@ -98,6 +98,13 @@ def open_link(options: Options) -> Link:
     return SharedLink(options.link_file, swap_wait_s=wait_s)
 
 
+def _end_at_once(error: Exception) -> None:
+    """End as if killed: no thread that sticks in the device is waited for, and hotbayd starts a
+    worker in this one's place, warm."""
+    log.critical("the device does not answer, so that this worker ends: %s", error)
+    os._exit(EXIT_CRASHED)
+
+
 class _Worker:
     """The parts of a worker, connected."""
 
@@ -136,7 +143,12 @@ class _Worker:
         )
         self.tokens = TokenSide(self.loop.mailbox, desk, self.residency)
         self.calls = Calls(
-            options, self.residency, self.loop, tell=self.control.tell, ended=self._ended.set
+            options,
+            self.residency,
+            self.loop,
+            tell=self.control.tell,
+            ended=self._ended.set,
+            stuck=_end_at_once,
         )
         self.control.calls = self.calls
         self._prefaulting = threading.Thread(target=self._prefault, name="prefault", daemon=True)

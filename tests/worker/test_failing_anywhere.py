@@ -20,6 +20,7 @@ from engine.link import control
 from engine.link.control import Canary, InFlight, StageWeights
 from engine.link.errors import LinkError
 from engine.worker.failpoints import Action, FailPoint
+from engine.worker.process import EXIT_CRASHED
 from tests.support.worker_stage import GatewaySide, HotbaydSide, greedy, load, worker_process
 from tests.worker.conftest import Model
 from tests.worker.preserving import PAGE, Bench
@@ -213,6 +214,20 @@ def test_what_hangs_in_a_process_ends_at_its_deadline(
             assert 2 <= len(ended) - 1 <= len(points)
             answer = await gateway.run(verse.key, PROMPTS[0][:9], greedy(8))
             assert answer.tokens == verse.expected(PROMPTS[0][:9], 8)
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_a_device_that_does_not_return_ends_the_worker(runtime_dir: Path, tale: Model) -> None:
+    async def run() -> None:
+        arguments = ("--failpoints", f"{FailPoint.COPYING}=stick", "--stage-timeout-s", "0.2")
+        async with worker_process(runtime_dir, *arguments) as worker:
+            hotbayd = await worker.hotbayd()
+            await hotbayd.attach(tale.image)
+            with pytest.raises(LinkError):
+                await hotbayd.exchange(load(tale.key, tale.image))
+            assert await worker.ended() == EXIT_CRASHED
 
     asyncio.run(run())
 

@@ -186,7 +186,7 @@ def test_progress_is_told_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None
         if progress.bytes_done == 100:
             order.done.set_result(ExchangeResult("op", "", ""))
 
-    asyncio.run(supervise(order, 60.0, 1e9, tell, wake=pytest.fail))
+    asyncio.run(supervise(order, 60.0, 1e9, tell, wake=pytest.fail, stuck=pytest.fail))
     assert told == [50, 75, 100]
 
 
@@ -203,8 +203,34 @@ def test_a_stage_that_overruns_is_interrupted_with_its_copy(
             order.check()
         order.done.set_result(ExchangeResult("op", "", ""))
 
-    asyncio.run(supervise(order, 0.01, 1e9, lambda progress: None, wake))
+    asyncio.run(supervise(order, 0.01, 1e9, lambda progress: None, wake, pytest.fail))
     assert copying.cancelled
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_an_interruption_that_nobody_hears_ends_the_worker(
+    monkeypatch: pytest.MonkeyPatch, heard: bool
+) -> None:
+    monkeypatch.setattr(supervision, "PROGRESS_INTERVAL_S", 0.0)
+    order, looks, stuck = make_order(), [], []
+    order.enter(Stage.COPYING)
+    entered = order.entered
+
+    def clock() -> float:
+        looks.append(entered + 3.0 * len(looks))
+        if heard and len(looks) == 5:  # the rollback begins, and ends in time
+            order.entered = looks[-1]
+            order.done.set_result(ExchangeResult("op", "", ""))
+        return looks[-1]
+
+    supervised = supervise(
+        order, 2.0, 0.0, lambda progress: None, lambda: None, stuck.append, clock
+    )
+    asyncio.run(supervised)
+    with pytest.raises(StageTimedOut, match="COPYING"):
+        order.check()
+    # It was interrupted at the second look, and had ten seconds from there.
+    assert (len(stuck), len(looks)) == ((0, 5) if heard else (1, 6))
 
 
 # Verifying.
