@@ -5,8 +5,8 @@ state. The invariant: nothing is written past what the caller said there is room
 
 A signature has one letter per C argument: h device handle, d handle of a device or of a MIG device,
 g GPU instance handle, c compute instance handle, m perhaps a device handle (of a function
-that is not simulated), u unsigned int, p pointer that must not be null, o pointer that may be null,
-s string.
+that is not simulated), e event set handle, i int, u unsigned int, l unsigned long long, p pointer
+that must not be null, o pointer that may be null, s string.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ ARGUMENT_TYPES: Mapping[str, Any] = MappingProxyType(
         "g": ctypes.c_void_p,
         "c": ctypes.c_void_p,
         "m": ctypes.c_void_p,
+        "e": ctypes.c_void_p,
+        "i": ctypes.c_int32,
         "u": ctypes.c_uint,
+        "l": ctypes.c_ulonglong,
         "p": ctypes.c_void_p,
         "o": ctypes.c_void_p,
         "s": ctypes.c_char_p,

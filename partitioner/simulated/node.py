@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from partitioner.catalogue import Board
 from partitioner.errors import SimulationError
 from partitioner.geometry import MIB, Instance
+from partitioner.simulated.events import EventSets, SimulatedEvent
 from partitioner.simulation import NodeSpec, ProcessSpec
 
 ANY_FUNCTION = "*"
@@ -46,6 +47,21 @@ class SimulatedInstance:
 
 
 @dataclass
+class SimulatedHealth:
+    """What the driver tells of a GPU's health. `recovery_action` None: it does not know the field.
+
+    Numbers and words are NVML's.
+    """
+
+    recovery_action: int | None = 0
+    uncorrected_errors: int = 0
+    rows_pending: bool = False
+    rows_failed: bool = False
+    thermal_slowdown: bool = False
+    power_slowdown: bool = False
+
+
+@dataclass
 class SimulatedGpu:
     """One GPU's mutable state. `handle` is the opaque number that NVML's callers hold."""
 
@@ -63,6 +79,7 @@ class SimulatedGpu:
     temperature_c: int = 33
     utilization_percent: int = 0
     lost: bool = False
+    health: SimulatedHealth = field(default_factory=SimulatedHealth)
 
     @property
     def bus(self) -> int:
@@ -154,6 +171,8 @@ class SimulatedNode:
             )
             for index, gpu in enumerate(spec.gpus)
         )
+        by_handle = {gpu.handle: gpu for gpu in self.gpus}
+        self.events = EventSets(lambda handle: by_handle[handle].lost)
         self._next_handle = _FIRST_INSTANCE_HANDLE
         self._changed = changed
         for gpu, described in zip(self.gpus, spec.gpus, strict=True):
@@ -234,9 +253,14 @@ class SimulatedNode:
     def vanish(self, gpu_uuid: str) -> None:
         """Let a GPU fall off the bus: whatever touches it is answered with GPU_IS_LOST."""
         self.gpu(gpu_uuid).lost = True
+        self.events.look_again()
+
+    def report(self, gpu_uuid: str, kind: int, data: int, instance: int | None = None) -> None:
+        """Let the driver report an event, once, to whoever is registered for its kind."""
+        self.events.post(SimulatedEvent(self.gpu(gpu_uuid).handle, kind, data, instance))
 
     def clear_injections(self) -> None:
-        """Take every fault, delay and stall away, release what hangs, bring lost GPUs back."""
+        """Take every fault, delay and stall away, release what hangs, make every GPU well."""
         with self._lock:
             stalls = tuple(self._stalls.values())
             self._faults.clear()
@@ -246,6 +270,7 @@ class SimulatedNode:
             stall.released.set()
         for gpu in self.gpus:
             gpu.lost = False
+            gpu.health = SimulatedHealth()
 
     def calls_of(self, function: str) -> int:
         """How often a function of the library was called so far."""

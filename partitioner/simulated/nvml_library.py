@@ -21,6 +21,7 @@ import pynvml
 
 from partitioner.simulated.abi import ARGUMENT_TYPES, Held, Status, Symbol
 from partitioner.simulated.calls import CALLS, WITHOUT_INIT
+from partitioner.simulated.health_calls import HEALTH_CALLS
 from partitioner.simulated.mig_calls import MIG_CALLS
 from partitioner.simulated.mig_changes import MIG_CHANGES
 from partitioner.simulated.node import SimulatedGpu, SimulatedNode
@@ -39,7 +40,7 @@ _ERROR_TEXTS = {
     28: "GPU not found",
 }
 TABLES: Mapping[str, Symbol] = MappingProxyType(
-    {**CALLS, **MIG_CALLS, **MIG_CHANGES, **READING_CALLS}
+    {**CALLS, **MIG_CALLS, **MIG_CHANGES, **READING_CALLS, **HEALTH_CALLS}
 )
 """Every symbol that is simulated."""
 

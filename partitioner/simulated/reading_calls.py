@@ -1,4 +1,4 @@
-"""What the simulated NVML functions for monitoring answer: clocks, errors, traffic, memory.
+"""What the simulated NVML functions for monitoring answer: clocks, traffic, memory.
 
 It owns one small function per NVML symbol, and their table. It never changes the node. The
 invariant: what is not simulated is answered as by a board that does not tell it, never by a number
@@ -47,10 +47,6 @@ def _clock(node: SimulatedNode, gpu: SimulatedGpu, kind: int, out: int) -> None:
         raise Status(pynvml.NVML_ERROR_INVALID_ARGUMENT)
 
 
-def _ecc_errors(node: SimulatedNode, gpu: SimulatedGpu, kind: int, counter: int, out: int) -> None:
-    ctypes.c_ulonglong.from_address(out).value = 0
-
-
 def _no_traffic(node: SimulatedNode, gpu: SimulatedGpu, counter: int, out: int) -> None:
     put_uint(out, 0)
 
@@ -59,7 +55,6 @@ READING_CALLS: Mapping[str, Symbol] = MappingProxyType(
     {
         "nvmlDeviceGetMemoryInfo": ("dp", _memory),
         "nvmlDeviceGetClockInfo": ("hup", _clock),
-        "nvmlDeviceGetTotalEccErrors": ("huup", _ecc_errors),
         "nvmlDeviceGetPcieThroughput": ("hup", _no_traffic),
         "nvmlDeviceGetPcieReplayCounter": unsigned(lambda gpu: 0),
     }

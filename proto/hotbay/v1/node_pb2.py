@@ -25,45 +25,46 @@ _sym_db = _symbol_database.Default()
 from google.longrunning import operations_proto_pb2 as google_dot_longrunning_dot_operations__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from hotbay.v1 import health_pb2 as hotbay_dot_v1_dot_health__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hotbay/v1/node.proto\x12\thotbay.v1\x1a#google/longrunning/operations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x10\n\x0eGetNodeRequest\"\xc0\x02\n\x04Node\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tsimulated\x18\x05 \x01(\x08\x12\x16\n\x0e\x64river_version\x18\x06 \x01(\t\x12(\n\nhost_store\x18\x07 \x01(\x0b\x32\x14.hotbay.v1.HostStore\x12%\n\tprocesses\x18\x08 \x03(\x0b\x32\x12.hotbay.v1.Process\x12\x14\n\x0chttp_address\x18\t \x01(\t\x12\x14\n\x0cgrpc_address\x18\n \x01(\t\x12\x10\n\x08warnings\x18\x0b \x03(\t\x12\x1a\n\x12operations_running\x18\x0c \x01(\x05\"\x7f\n\tHostStore\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x03\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\x12$\n\x06images\x18\x03 \x03(\x0b\x32\x14.hotbay.v1.HostImage\x12\x13\n\x0bspare_bytes\x18\x04 \x01(\x03\x12\r\n\x05pages\x18\x05 \x01(\t\"u\n\tHostImage\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06models\x18\x02 \x03(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x10\n\x08\x61ttached\x18\x05 \x03(\t\x12\x12\n\npage_bytes\x18\x06 \x01(\x03\"\x86\x01\n\x07Process\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x05\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12\x16\n\x0eresident_bytes\x18\x05 \x01(\x03\x12\x10\n\x08restarts\x18\x06 \x01(\x05\x12\x0f\n\x07\x61\x64opted\x18\x07 \x01(\x08\"\x11\n\x0fListGpusRequest\"E\n\x10ListGpusResponse\x12\x1c\n\x04gpus\x18\x01 \x03(\x0b\x32\x0e.hotbay.v1.Gpu\x12\x13\n\x0bunreachable\x18\x02 \x03(\t\"\xd7\x02\n\x03Gpu\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0f\n\x07product\x18\x03 \x01(\t\x12\x12\n\npci_bus_id\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x03\x12\x17\n\x0fmultiprocessors\x18\x07 \x01(\x05\x12\x13\n\x0bmig_capable\x18\x08 \x01(\x08\x12\x13\n\x0bmig_enabled\x18\t \x01(\x08\x12\x11\n\tnuma_node\x18\n \x01(\x05\x12\x10\n\x08\x63ordoned\x18\x0b \x01(\x08\x12\x0e\n\x06health\x18\x0c \x01(\t\x12\x12\n\npartitions\x18\r \x03(\t\x12)\n\tinstances\x18\x0e \x03(\x0b\x32\x16.hotbay.v1.GpuInstance\x12\x18\n\x10instances_hidden\x18\x0f \x01(\x08\x12\x0c\n\x04link\x18\x10 \x01(\t\"\x94\x01\n\x0bGpuInstance\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07profile\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\x05\x12\x0c\n\x04size\x18\x04 \x01(\x05\x12\x0c\n\x04uuid\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\x12\x17\n\x0fmultiprocessors\x18\x07 \x01(\x05\x12\x0e\n\x06number\x18\x08 \x01(\x05\"Z\n\x10\x43ordonGpuRequest\x12\x0b\n\x03gpu\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"L\n\x12UncordonGpuRequest\x12\x0b\n\x03gpu\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"o\n\x10\x44rainNodeRequest\x12\x30\n\rdrain_timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"P\n\x10\x43\x61librateRequest\x12\x11\n\tpartition\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"7\n\x11\x43\x61librateResponse\x12\"\n\x05links\x18\x01 \x03(\x0b\x32\x13.hotbay.v1.LinkRate\"o\n\x08LinkRate\x12\x11\n\tpartition\x18\x01 \x01(\t\x12\'\n\x1fhost_to_device_bytes_per_second\x18\x02 \x01(\x01\x12\'\n\x1f\x64\x65vice_to_host_bytes_per_second\x18\x03 \x01(\x01\x32\x93\x03\n\x0bNodeService\x12\x35\n\x07GetNode\x12\x19.hotbay.v1.GetNodeRequest\x1a\x0f.hotbay.v1.Node\x12\x43\n\x08ListGpus\x12\x1a.hotbay.v1.ListGpusRequest\x1a\x1b.hotbay.v1.ListGpusResponse\x12\x38\n\tCordonGpu\x12\x1b.hotbay.v1.CordonGpuRequest\x1a\x0e.hotbay.v1.Gpu\x12<\n\x0bUncordonGpu\x12\x1d.hotbay.v1.UncordonGpuRequest\x1a\x0e.hotbay.v1.Gpu\x12G\n\tDrainNode\x12\x1b.hotbay.v1.DrainNodeRequest\x1a\x1d.google.longrunning.Operation\x12G\n\tCalibrate\x12\x1b.hotbay.v1.CalibrateRequest\x1a\x1d.google.longrunning.Operationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hotbay/v1/node.proto\x12\thotbay.v1\x1a#google/longrunning/operations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hotbay/v1/health.proto\"\x10\n\x0eGetNodeRequest\"\xc0\x02\n\x04Node\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tsimulated\x18\x05 \x01(\x08\x12\x16\n\x0e\x64river_version\x18\x06 \x01(\t\x12(\n\nhost_store\x18\x07 \x01(\x0b\x32\x14.hotbay.v1.HostStore\x12%\n\tprocesses\x18\x08 \x03(\x0b\x32\x12.hotbay.v1.Process\x12\x14\n\x0chttp_address\x18\t \x01(\t\x12\x14\n\x0cgrpc_address\x18\n \x01(\t\x12\x10\n\x08warnings\x18\x0b \x03(\t\x12\x1a\n\x12operations_running\x18\x0c \x01(\x05\"\x7f\n\tHostStore\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x03\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\x12$\n\x06images\x18\x03 \x03(\x0b\x32\x14.hotbay.v1.HostImage\x12\x13\n\x0bspare_bytes\x18\x04 \x01(\x03\x12\r\n\x05pages\x18\x05 \x01(\t\"u\n\tHostImage\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06models\x18\x02 \x03(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x10\n\x08\x61ttached\x18\x05 \x03(\t\x12\x12\n\npage_bytes\x18\x06 \x01(\x03\"\x86\x01\n\x07Process\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x05\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12\x16\n\x0eresident_bytes\x18\x05 \x01(\x03\x12\x10\n\x08restarts\x18\x06 \x01(\x05\x12\x0f\n\x07\x61\x64opted\x18\x07 \x01(\x08\"\x11\n\x0fListGpusRequest\"E\n\x10ListGpusResponse\x12\x1c\n\x04gpus\x18\x01 \x03(\x0b\x32\x0e.hotbay.v1.Gpu\x12\x13\n\x0bunreachable\x18\x02 \x03(\t\"\xc1\x03\n\x03Gpu\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0f\n\x07product\x18\x03 \x01(\t\x12\x12\n\npci_bus_id\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x03\x12\x17\n\x0fmultiprocessors\x18\x07 \x01(\x05\x12\x13\n\x0bmig_capable\x18\x08 \x01(\x08\x12\x13\n\x0bmig_enabled\x18\t \x01(\x08\x12\x11\n\tnuma_node\x18\n \x01(\x05\x12\x10\n\x08\x63ordoned\x18\x0b \x01(\x08\x12\x0e\n\x06health\x18\x0c \x01(\t\x12\x12\n\npartitions\x18\r \x03(\t\x12)\n\tinstances\x18\x0e \x03(\x0b\x32\x16.hotbay.v1.GpuInstance\x12\x18\n\x10instances_hidden\x18\x0f \x01(\x08\x12\x0c\n\x04link\x18\x10 \x01(\t\x12\x15\n\rcordon_reason\x18\x1e \x01(\t\x12$\n\x05units\x18\x1f \x03(\x0b\x32\x15.hotbay.v1.UnitHealth\x12+\n\x08readings\x18  \x01(\x0b\x32\x19.hotbay.v1.HealthReadings\"\x94\x01\n\x0bGpuInstance\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07profile\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\x05\x12\x0c\n\x04size\x18\x04 \x01(\x05\x12\x0c\n\x04uuid\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\x12\x17\n\x0fmultiprocessors\x18\x07 \x01(\x05\x12\x0e\n\x06number\x18\x08 \x01(\x05\"Z\n\x10\x43ordonGpuRequest\x12\x0b\n\x03gpu\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"L\n\x12UncordonGpuRequest\x12\x0b\n\x03gpu\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"o\n\x10\x44rainNodeRequest\x12\x30\n\rdrain_timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"P\n\x10\x43\x61librateRequest\x12\x11\n\tpartition\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"7\n\x11\x43\x61librateResponse\x12\"\n\x05links\x18\x01 \x03(\x0b\x32\x13.hotbay.v1.LinkRate\"o\n\x08LinkRate\x12\x11\n\tpartition\x18\x01 \x01(\t\x12\'\n\x1fhost_to_device_bytes_per_second\x18\x02 \x01(\x01\x12\'\n\x1f\x64\x65vice_to_host_bytes_per_second\x18\x03 \x01(\x01\x32\x93\x03\n\x0bNodeService\x12\x35\n\x07GetNode\x12\x19.hotbay.v1.GetNodeRequest\x1a\x0f.hotbay.v1.Node\x12\x43\n\x08ListGpus\x12\x1a.hotbay.v1.ListGpusRequest\x1a\x1b.hotbay.v1.ListGpusResponse\x12\x38\n\tCordonGpu\x12\x1b.hotbay.v1.CordonGpuRequest\x1a\x0e.hotbay.v1.Gpu\x12<\n\x0bUncordonGpu\x12\x1d.hotbay.v1.UncordonGpuRequest\x1a\x0e.hotbay.v1.Gpu\x12G\n\tDrainNode\x12\x1b.hotbay.v1.DrainNodeRequest\x1a\x1d.google.longrunning.Operation\x12G\n\tCalibrate\x12\x1b.hotbay.v1.CalibrateRequest\x1a\x1d.google.longrunning.Operationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hotbay.v1.node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETNODEREQUEST']._serialized_start=137
-  _globals['_GETNODEREQUEST']._serialized_end=153
-  _globals['_NODE']._serialized_start=156
-  _globals['_NODE']._serialized_end=476
-  _globals['_HOSTSTORE']._serialized_start=478
-  _globals['_HOSTSTORE']._serialized_end=605
-  _globals['_HOSTIMAGE']._serialized_start=607
-  _globals['_HOSTIMAGE']._serialized_end=724
-  _globals['_PROCESS']._serialized_start=727
-  _globals['_PROCESS']._serialized_end=861
-  _globals['_LISTGPUSREQUEST']._serialized_start=863
-  _globals['_LISTGPUSREQUEST']._serialized_end=880
-  _globals['_LISTGPUSRESPONSE']._serialized_start=882
-  _globals['_LISTGPUSRESPONSE']._serialized_end=951
-  _globals['_GPU']._serialized_start=954
-  _globals['_GPU']._serialized_end=1297
-  _globals['_GPUINSTANCE']._serialized_start=1300
-  _globals['_GPUINSTANCE']._serialized_end=1448
-  _globals['_CORDONGPUREQUEST']._serialized_start=1450
-  _globals['_CORDONGPUREQUEST']._serialized_end=1540
-  _globals['_UNCORDONGPUREQUEST']._serialized_start=1542
-  _globals['_UNCORDONGPUREQUEST']._serialized_end=1618
-  _globals['_DRAINNODEREQUEST']._serialized_start=1620
-  _globals['_DRAINNODEREQUEST']._serialized_end=1731
-  _globals['_CALIBRATEREQUEST']._serialized_start=1733
-  _globals['_CALIBRATEREQUEST']._serialized_end=1813
-  _globals['_CALIBRATERESPONSE']._serialized_start=1815
-  _globals['_CALIBRATERESPONSE']._serialized_end=1870
-  _globals['_LINKRATE']._serialized_start=1872
-  _globals['_LINKRATE']._serialized_end=1983
-  _globals['_NODESERVICE']._serialized_start=1986
-  _globals['_NODESERVICE']._serialized_end=2389
+  _globals['_GETNODEREQUEST']._serialized_start=161
+  _globals['_GETNODEREQUEST']._serialized_end=177
+  _globals['_NODE']._serialized_start=180
+  _globals['_NODE']._serialized_end=500
+  _globals['_HOSTSTORE']._serialized_start=502
+  _globals['_HOSTSTORE']._serialized_end=629
+  _globals['_HOSTIMAGE']._serialized_start=631
+  _globals['_HOSTIMAGE']._serialized_end=748
+  _globals['_PROCESS']._serialized_start=751
+  _globals['_PROCESS']._serialized_end=885
+  _globals['_LISTGPUSREQUEST']._serialized_start=887
+  _globals['_LISTGPUSREQUEST']._serialized_end=904
+  _globals['_LISTGPUSRESPONSE']._serialized_start=906
+  _globals['_LISTGPUSRESPONSE']._serialized_end=975
+  _globals['_GPU']._serialized_start=978
+  _globals['_GPU']._serialized_end=1427
+  _globals['_GPUINSTANCE']._serialized_start=1430
+  _globals['_GPUINSTANCE']._serialized_end=1578
+  _globals['_CORDONGPUREQUEST']._serialized_start=1580
+  _globals['_CORDONGPUREQUEST']._serialized_end=1670
+  _globals['_UNCORDONGPUREQUEST']._serialized_start=1672
+  _globals['_UNCORDONGPUREQUEST']._serialized_end=1748
+  _globals['_DRAINNODEREQUEST']._serialized_start=1750
+  _globals['_DRAINNODEREQUEST']._serialized_end=1861
+  _globals['_CALIBRATEREQUEST']._serialized_start=1863
+  _globals['_CALIBRATEREQUEST']._serialized_end=1943
+  _globals['_CALIBRATERESPONSE']._serialized_start=1945
+  _globals['_CALIBRATERESPONSE']._serialized_end=2000
+  _globals['_LINKRATE']._serialized_start=2002
+  _globals['_LINKRATE']._serialized_end=2113
+  _globals['_NODESERVICE']._serialized_start=2116
+  _globals['_NODESERVICE']._serialized_end=2519
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as duration_pb2
 from google.protobuf import message as message
 from google.protobuf import timestamp_pb2 as timestamp_pb2
 from google.protobuf.internal import containers as containers
+from hotbay.v1 import health_pb2 as health_pb2
 import builtins as builtins
 import sys
 import typing as typing
@@ -259,6 +260,9 @@ class Gpu(message.Message):
     INSTANCES_FIELD_NUMBER: builtins.int
     INSTANCES_HIDDEN_FIELD_NUMBER: builtins.int
     LINK_FIELD_NUMBER: builtins.int
+    CORDON_REASON_FIELD_NUMBER: builtins.int
+    UNITS_FIELD_NUMBER: builtins.int
+    READINGS_FIELD_NUMBER: builtins.int
     uuid: builtins.str
     index: builtins.int
     product: builtins.str
@@ -277,12 +281,20 @@ class Gpu(message.Message):
     """The way to the host's memory: GPUs with the same one are behind one PCIe root, and their
     partitions' copies take turns.
     """
+    cordon_reason: builtins.str
+    """Why it is cordoned."""
     @builtins.property
     def partitions(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @builtins.property
     def instances(self) -> containers.RepeatedCompositeFieldContainer[GpuInstance]:
         """The GPU instances that exist, in the order of their memory slots."""
 
+    @builtins.property
+    def units(self) -> containers.RepeatedCompositeFieldContainer[health_pb2.UnitHealth]:
+        """The GPU itself first, then its instances that have ever been in trouble."""
+
+    @builtins.property
+    def readings(self) -> health_pb2.HealthReadings: ...
     def __init__(
         self,
         *,
@@ -302,10 +314,13 @@ class Gpu(message.Message):
         instances: abc.Iterable[GpuInstance] | None = ...,
         instances_hidden: builtins.bool = ...,
         link: builtins.str = ...,
+        cordon_reason: builtins.str = ...,
+        units: abc.Iterable[health_pb2.UnitHealth] | None = ...,
+        readings: health_pb2.HealthReadings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["readings", b"readings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cordoned", b"cordoned", "health", b"health", "index", b"index", "instances", b"instances", "instances_hidden", b"instances_hidden", "link", b"link", "memory_bytes", b"memory_bytes", "memory_used_bytes", b"memory_used_bytes", "mig_capable", b"mig_capable", "mig_enabled", b"mig_enabled", "multiprocessors", b"multiprocessors", "numa_node", b"numa_node", "partitions", b"partitions", "pci_bus_id", b"pci_bus_id", "product", b"product", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cordon_reason", b"cordon_reason", "cordoned", b"cordoned", "health", b"health", "index", b"index", "instances", b"instances", "instances_hidden", b"instances_hidden", "link", b"link", "memory_bytes", b"memory_bytes", "memory_used_bytes", b"memory_used_bytes", "mig_capable", b"mig_capable", "mig_enabled", b"mig_enabled", "multiprocessors", b"multiprocessors", "numa_node", b"numa_node", "partitions", b"partitions", "pci_bus_id", b"pci_bus_id", "product", b"product", "readings", b"readings", "units", b"units", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,6 +375,7 @@ class CordonGpuRequest(message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
     gpu: builtins.str
+    """An index, `gpu0`, or a UUID."""
     reason: builtins.str
     request_id: builtins.str
     validate_only: builtins.bool

@@ -84,14 +84,15 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CordonGpu(self, request, context):
-        """Keep new models off a GPU.
+        """Keep new models and swaps off a GPU, for good; what serves there goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UncordonGpu(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Let models on again; of a GPU that waits for an operator it also says that he has acted.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

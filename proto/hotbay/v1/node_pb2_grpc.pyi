@@ -36,8 +36,9 @@ class NodeServiceStub:
     """The daemon and its host: versions, memory, processes."""
     ListGpus: grpc.UnaryUnaryMultiCallable[node_pb2.ListGpusRequest, node_pb2.ListGpusResponse]
     CordonGpu: grpc.UnaryUnaryMultiCallable[node_pb2.CordonGpuRequest, node_pb2.Gpu]
-    """Keep new models off a GPU."""
+    """Keep new models and swaps off a GPU, for good; what serves there goes on."""
     UncordonGpu: grpc.UnaryUnaryMultiCallable[node_pb2.UncordonGpuRequest, node_pb2.Gpu]
+    """Let models on again; of a GPU that waits for an operator it also says that he has acted."""
     DrainNode: grpc.UnaryUnaryMultiCallable[node_pb2.DrainNodeRequest, operations_proto_pb2.Operation]
     """Finish or move everything that runs here."""
     Calibrate: grpc.UnaryUnaryMultiCallable[node_pb2.CalibrateRequest, operations_proto_pb2.Operation]
@@ -50,8 +51,9 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """The daemon and its host: versions, memory, processes."""
     ListGpus: aio.UnaryUnaryMultiCallable[node_pb2.ListGpusRequest, node_pb2.ListGpusResponse]  # type: ignore[assignment]
     CordonGpu: aio.UnaryUnaryMultiCallable[node_pb2.CordonGpuRequest, node_pb2.Gpu]  # type: ignore[assignment]
-    """Keep new models off a GPU."""
+    """Keep new models and swaps off a GPU, for good; what serves there goes on."""
     UncordonGpu: aio.UnaryUnaryMultiCallable[node_pb2.UncordonGpuRequest, node_pb2.Gpu]  # type: ignore[assignment]
+    """Let models on again; of a GPU that waits for an operator it also says that he has acted."""
     DrainNode: aio.UnaryUnaryMultiCallable[node_pb2.DrainNodeRequest, operations_proto_pb2.Operation]  # type: ignore[assignment]
     """Finish or move everything that runs here."""
     Calibrate: aio.UnaryUnaryMultiCallable[node_pb2.CalibrateRequest, operations_proto_pb2.Operation]  # type: ignore[assignment]
@@ -76,13 +78,14 @@ class NodeServiceServicer:
         request: node_pb2.CordonGpuRequest,
         context: _ServicerContext,
     ) -> typing.Union[node_pb2.Gpu, abc.Awaitable[node_pb2.Gpu]]:
-        """Keep new models off a GPU."""
+        """Keep new models and swaps off a GPU, for good; what serves there goes on."""
 
     def UncordonGpu(
         self,
         request: node_pb2.UncordonGpuRequest,
         context: _ServicerContext,
-    ) -> typing.Union[node_pb2.Gpu, abc.Awaitable[node_pb2.Gpu]]: ...
+    ) -> typing.Union[node_pb2.Gpu, abc.Awaitable[node_pb2.Gpu]]:
+        """Let models on again; of a GPU that waits for an operator it also says that he has acted."""
 
     def DrainNode(
         self,

@@ -51,6 +51,8 @@ class _PartitionHealthEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Partit
     """The worker is starting, or starting again."""
     PARTITION_HEALTH_FAILED: _PartitionHealth.ValueType  # 3
     """The worker could not be started, or its GPU is lost."""
+    PARTITION_HEALTH_TAINTED: _PartitionHealth.ValueType  # 4
+    """Its GPU or GPU instance is in trouble: no request is sent there until it is proven healthy."""
 
 class PartitionHealth(_PartitionHealth, metaclass=_PartitionHealthEnumTypeWrapper): ...
 
@@ -61,6 +63,8 @@ PARTITION_HEALTH_STARTING: PartitionHealth.ValueType  # 2
 """The worker is starting, or starting again."""
 PARTITION_HEALTH_FAILED: PartitionHealth.ValueType  # 3
 """The worker could not be started, or its GPU is lost."""
+PARTITION_HEALTH_TAINTED: PartitionHealth.ValueType  # 4
+"""Its GPU or GPU instance is in trouble: no request is sent there until it is proven healthy."""
 
 @typing.final
 class Partition(message.Message):
