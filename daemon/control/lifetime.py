@@ -20,13 +20,16 @@ from daemon.control.node import Node
 from daemon.control.notify import Notifier
 from daemon.control.state.journal import Journal
 from partitioner.bounded import BoundedNvml
+from partitioner.simulated.node import SimulatedNode
 
 STOP_MARGIN_S = 30.0
 
 log = logging.getLogger(__name__)
 
 
-async def serve(config: Config, notifier: Notifier, version: str) -> None:
+async def serve(
+    config: Config, notifier: Notifier, version: str, simulated: SimulatedNode | None = None
+) -> None:
     """Run until told to end. Raises ControlError or PartitionerError when it cannot start."""
     ending = asyncio.Event()
     at_once = asyncio.Event()
@@ -47,7 +50,8 @@ async def serve(config: Config, notifier: Notifier, version: str) -> None:
     watchdog = asyncio.create_task(_run_watchdog(notifier), name="watchdog")
     nvml = BoundedNvml()
     journal, contents = await Journal.open(config.state_dir)
-    node = Node(config, notifier, nvml, await nvml.discover(), journal, contents, version)
+    gpus = await nvml.discover()
+    node = Node(config, notifier, nvml, gpus, journal, contents, version, simulated=simulated)
     starting = asyncio.create_task(node.start(), name="start")
     stop_early = asyncio.create_task(ending.wait())
     try:

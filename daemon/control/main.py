@@ -25,6 +25,7 @@ from daemon.control.lock import DirectoryLock
 from daemon.control.notify import Notifier
 from engine.link.errors import LinkError
 from partitioner.errors import PartitionerError
+from partitioner.simulated.node import SimulatedNode
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PRIORITY = -5
@@ -74,17 +75,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def simulated(argument: str, runtime_dir: Path) -> Iterator[None]:
+def simulated(argument: str, runtime_dir: Path) -> Iterator[SimulatedNode | None]:
     """Let NVML be the simulated one where one is asked for, cut as it was left."""
     if not argument:
-        yield
+        yield None
         return
     from partitioner.simulated.install import installed
     from partitioner.simulated.remembered import FILE_NAME, remembering
     from partitioner.simulation import parse_simulate
 
-    with installed(remembering(parse_simulate(argument), runtime_dir / FILE_NAME)):
-        yield
+    with installed(remembering(parse_simulate(argument), runtime_dir / FILE_NAME)) as node:
+        yield node
 
 
 def take_precedence() -> None:
@@ -120,9 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return report(config, Notifier(os.environ), as_json=parsed.doctor == "json")
             for directory in dict.fromkeys((config.state_dir, config.runtime_dir)):
                 stack.callback(DirectoryLock.acquire(directory).release)
-            stack.enter_context(simulated(config.node.simulate, config.runtime_dir))
+            node = stack.enter_context(simulated(config.node.simulate, config.runtime_dir))
             runner = stack.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
-            runner.run(serve(config, Notifier(os.environ), version()))
+            runner.run(serve(config, Notifier(os.environ), version(), node))
     except ConfigInvalid as error:
         log.error("%s", error)
         return EXIT_CONFIG

@@ -16,6 +16,7 @@ from typing import Protocol
 from google.protobuf.message import Message
 
 from daemon.control.actions.conductor import Conductor
+from daemon.control.actions.cordons import Cordons
 from daemon.control.actions.demand_loop import DemandLoop
 from daemon.control.actions.disk_cache import DiskCache
 from daemon.control.actions.gpu_readings import GpuMonitor
@@ -44,7 +45,9 @@ from daemon.control.services.api import make_server, snapshot
 from daemon.control.services.doctor import DoctorService
 from daemon.control.services.metrics import Metrics
 from daemon.control.services.nodes import NodeService
+from daemon.control.services.simulation import SimulationService
 from daemon.control.services.watch import Hub
+from daemon.control.state.closures import Closures
 from daemon.control.state.journal import Contents, Journal
 from daemon.control.state.operations import Operations
 from daemon.control.state.records import Operation
@@ -56,6 +59,7 @@ from partitioner.bounded import BoundedNvml
 from partitioner.errors import PartitionerError
 from partitioner.gpu import Gpu
 from partitioner.partition import partitions_of
+from partitioner.simulated.node import SimulatedNode
 from swap.image_cache import ImageCache
 from swap.store import HostStore
 
@@ -87,6 +91,7 @@ def make_world(
     partitions = partitions_of(gpus, contents.owned, boot_id())
     world = World(config, registry, store, partitions, gpus, contents.links)
     world.owned = contents.owned
+    world.closures = Closures(contents.cordons)
     for placement in contents.placements:
         world.placed(placement)
     if contents.warning:
@@ -110,6 +115,7 @@ class Node:
         make_fleet: FleetMaker = Fleet,
         builders: Builders = Builder.start,
         pullers: Pullers = Puller.start,
+        simulated: SimulatedNode | None = None,
     ) -> None:
         self._config = config
         self._notifier = notifier
@@ -188,12 +194,14 @@ class Node:
                 version,
                 self._discover,
                 lambda: self._listening,
+                Cordons(world, self._operations, lambda gpu: None),
             ),
             self._images,
             layouts,
             self._layout_changes,
             pulls,
             DoctorService(config, nvml, notifier.stored_max, version),
+            SimulationService(simulated, self._trouble_changed) if simulated is not None else None,
         )
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when one of the daemon's own loops does."""
@@ -291,6 +299,9 @@ class Node:
         except PartitionerError as error:
             log.warning("GPUs cannot be read: %s", error)
             return self.world.gpus
+
+    def _trouble_changed(self) -> None:
+        """Somebody changed what the simulated driver tells."""
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         """A loop only ends by a bug; a fresh start that adopts everything beats a deaf daemon."""

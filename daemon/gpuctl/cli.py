@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from daemon.gpuctl import cli_layouts, cli_models, cli_moves
+from daemon.gpuctl import cli_gpus, cli_layouts, cli_models, cli_moves, cli_simulation
 from daemon.gpuctl.complete import completion_script
 from daemon.gpuctl.exits import Exit
 from daemon.gpuctl.options import (
@@ -57,6 +57,12 @@ def build() -> typer.Typer:
     layouts = _group("Look at how GPUs are cut, and plan how they could be.")
     cli_layouts.declare(layouts)
     app.add_typer(layouts, name="part")
+    gpus = _group("Look at GPUs' health, and keep models off a GPU.")
+    cli_gpus.declare(gpus)
+    app.add_typer(gpus, name="gpu")
+    simulation = _group("Make trouble on a simulated node.")
+    cli_simulation.declare(simulation, _group("Put trouble upon the simulated driver."))
+    app.add_typer(simulation, name="sim")
     cli_models.declare_pull(app)
     cli_moves.declare(app)
     cli_models.declare_pins(app)

@@ -1,8 +1,8 @@
 """The simulated node: NVML's C ABI over boards that exist only as data.
 
 `node` holds the state and what is injected, `calls`, `mig_calls` and `health_calls` answer each
-NVML function from it with the means of `abi`, `trouble` says in words what is injected, `mig_changes` changes it by the driver's rules, `remembered` keeps how
-it is cut, `library` gives these answers C entry points, and `install` puts them where the real
-library would be, so that the real pynvml runs above. Nothing here starts a process or touches a
-device.
+NVML function from it with the means of `abi`, `mig_changes` changes it by the driver's rules,
+`trouble` says in words what is injected, `remembered` keeps how it is cut, `library` gives these
+answers C entry points, and `install` puts them where the real library would be, so that the real
+pynvml runs above. Nothing here starts a process or touches a device.
 """

@@ -32,6 +32,8 @@ from hotbay.v1 import (
     node_pb2_grpc,
     partition_pb2,
     partition_pb2_grpc,
+    simulation_pb2,
+    simulation_pb2_grpc,
     watch_pb2,
 )
 from hotbay.watching import watch
@@ -68,6 +70,7 @@ class Client:
         self._partitions = self._connection.stub(partition_pb2_grpc.PartitionServiceStub)
         self._models = self._connection.stub(model_pb2_grpc.ModelServiceStub)
         self._doctor = self._connection.stub(doctor_pb2_grpc.DoctorServiceStub)
+        self._simulation = self._connection.stub(simulation_pb2_grpc.SimulationServiceStub)
         self._operations = Operations(self._connection, clock=self._clock, reconnect_s=reconnect_s)
 
     def __enter__(self) -> Self:
@@ -279,6 +282,43 @@ class Client:
             validate_only=validate_only,
         )
         return self._connection.call(self._nodes.Calibrate, request)
+
+    def cordon_gpu(
+        self, gpu: str, *, reason: str = "", request_id: str = "", validate_only: bool = False
+    ) -> node_pb2.Gpu:
+        """Keep new models and swaps off a GPU, until `uncordon_gpu`; what serves there goes on."""
+        request = node_pb2.CordonGpuRequest(
+            gpu=gpu,
+            reason=reason,
+            request_id=request_id or new_request_id(),
+            validate_only=validate_only,
+        )
+        answer: node_pb2.Gpu = self._connection.call(self._nodes.CordonGpu, request)
+        return answer
+
+    def uncordon_gpu(
+        self, gpu: str, *, request_id: str = "", validate_only: bool = False
+    ) -> node_pb2.Gpu:
+        """Let models on a GPU again; where an operator is waited for, say that he has acted."""
+        request = node_pb2.UncordonGpuRequest(
+            gpu=gpu, request_id=request_id or new_request_id(), validate_only=validate_only
+        )
+        answer: node_pb2.Gpu = self._connection.call(self._nodes.UncordonGpu, request)
+        return answer
+
+    def inject(self, request: simulation_pb2.InjectRequest) -> simulation_pb2.InjectResponse:
+        """Put trouble upon a simulated driver; a node with real GPUs does not know the call."""
+        answer: simulation_pb2.InjectResponse = self._connection.call(
+            self._simulation.Inject, request
+        )
+        return answer
+
+    def clear_injections(self) -> simulation_pb2.ClearResponse:
+        """Take all trouble of a simulated driver away."""
+        answer: simulation_pb2.ClearResponse = self._connection.call(
+            self._simulation.Clear, simulation_pb2.ClearRequest()
+        )
+        return answer
 
     def unload(
         self,

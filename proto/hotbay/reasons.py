@@ -166,6 +166,10 @@ class Reason(StrEnum):
     GPU_CORDONED = (
         "GPU_CORDONED", Code.FAILED_PRECONDITION, "uncordon the GPU, or name another partition",
     )
+    PARTITION_TAINTED = (
+        "PARTITION_TAINTED", Code.UNAVAILABLE,
+        "see `gpuctl gpu health`; it serves again once it is proven healthy",
+    )
     DRIVER_TOO_OLD = (
         "DRIVER_TOO_OLD", Code.FAILED_PRECONDITION, "install a driver of the version named",
     )

@@ -36,7 +36,7 @@ from tests.support.control_stage import Theatre, staged, until
 
 QUIET = "[scheduling]\nmin_residency_s = 3600\n"
 WORKING = {
-    "NodeService": {"GetNode", "ListGpus", "Calibrate"},
+    "NodeService": {"GetNode", "ListGpus", "Calibrate", "CordonGpu", "UncordonGpu"},
     "PartitionService": {
         *("ListPartitions", "GetPartition", "PlanLayout", "ListProfiles", "GetLayout"),
         "ApplyLayout",

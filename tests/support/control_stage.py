@@ -535,6 +535,7 @@ class Theatre:
         self.node: Node
         self.board = SimulatedNode(parse_simulate(f"h200x{gpus}"))
         """Outlives the node, as a real board does."""
+        self.offers_simulation = True
         self._simulated = installed(self.board)
         self._simulated.__enter__()
         self._nvml: BoundedNvml
@@ -591,6 +592,7 @@ class Theatre:
             make_fleet=make_fleet,
             builders=self.builders,
             pullers=self.pullers,
+            simulated=self.board if self.offers_simulation else None,
         )
         await self.node.start()
         return self.node

@@ -33,6 +33,8 @@ from hotbay.v1 import (
     node_pb2_grpc,
     partition_pb2,
     partition_pb2_grpc,
+    simulation_pb2,
+    simulation_pb2_grpc,
     watch_pb2,
     watch_pb2_grpc,
 )
@@ -142,6 +144,9 @@ class ScriptedNode:
             PartitionAnswers(self), self._server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelAnswers(self), self._server)
+        simulation_pb2_grpc.add_SimulationServiceServicer_to_server(
+            SimulationAnswers(self), self._server
+        )
         watch_pb2_grpc.add_WatchServiceServicer_to_server(WatchAnswers(self), self._server)
         operations_pb2_grpc.add_OperationsServicer_to_server(OperationAnswers(self), self._server)
         assert self._server.add_insecure_port(self.endpoint)
@@ -245,6 +250,14 @@ class NodeAnswers(Answers, node_pb2_grpc.NodeServiceServicer):
         self.node.take("ListGpus", request, context)
         return self.node.gpus
 
+    def CordonGpu(self, request: Any, context: Any) -> node_pb2.Gpu:
+        self.node.take("CordonGpu", request, context)
+        return self.node.gpus.gpus[0]
+
+    def UncordonGpu(self, request: Any, context: Any) -> node_pb2.Gpu:
+        self.node.take("UncordonGpu", request, context)
+        return self.node.gpus.gpus[0]
+
     def Calibrate(self, request: Any, context: Any) -> Operation:
         self.node.take("Calibrate", request, context)
         link = node_pb2.LinkRate(
@@ -260,6 +273,16 @@ class DoctorAnswers(Answers, doctor_pb2_grpc.DoctorServiceServicer):
     def Examine(self, request: Any, context: Any) -> doctor_pb2.Examination:
         self.node.take("Examine", request, context)
         return self.node.examination
+
+
+class SimulationAnswers(Answers, simulation_pb2_grpc.SimulationServiceServicer):
+    def Inject(self, request: Any, context: Any) -> simulation_pb2.InjectResponse:
+        self.node.take("Inject", request, context)
+        return simulation_pb2.InjectResponse(message="it was done")
+
+    def Clear(self, request: Any, context: Any) -> simulation_pb2.ClearResponse:
+        self.node.take("Clear", request, context)
+        return simulation_pb2.ClearResponse()
 
 
 class PartitionAnswers(Answers, partition_pb2_grpc.PartitionServiceServicer):

@@ -162,11 +162,15 @@ class Conductor:
                 )
             replaced = msgspec.structs.replace(intent, partition=where)
             return replaced, Plan(partition=where, note=f"{key} is on {where} already")
+        if intent.partition and intent.cause is not Cause.RECOVERY:
+            world.require_open(intent.partition)
         build_bytes, evictions = self._building(version)
         incoming = world.incoming(version)
         if intent.standby:
             plan = Plan(incoming=key, build_bytes=build_bytes)
         else:
+            if not intent.partition:
+                world.require_any_open()
             views: list[PartitionView] = (
                 [world.view(intent.partition, key)] if intent.partition else world.views(key)
             )
@@ -196,6 +200,7 @@ class Conductor:
                     model,
                 )
             partition = placement.partition
+        world.require_open(partition)
         intent = msgspec.structs.replace(intent, partition=partition)
         build_bytes, evictions = self._building(version)
         plan = plan_move(
@@ -222,7 +227,12 @@ class Conductor:
             state = world.state(version)[0]
             raise _invalid(f"{key} is {state} on {placement.partition} already", key)
         build_bytes, evictions = self._building(version)
-        there = intent.partition or world.staged_on(key)
+        if intent.partition:
+            world.require_open(intent.partition)
+        staged_on = world.staged_on(key)
+        there = intent.partition or (staged_on if world.is_open(staged_on) else "")
+        if not there:
+            world.require_any_open()
         views = [world.view(there, key)] if there else world.views(key)
         if not views:
             raise Refused(
@@ -247,6 +257,8 @@ class Conductor:
             raise _invalid(f"{key} is {state}: only an ACTIVE model can be drained", key)
         if intent.kind is Kind.RESUME and (placement is None or not placement.drained):
             raise _invalid(f"{key} is {state}: only a drained model can be resumed", key)
+        if intent.kind is Kind.RESUME and world.closures.tainted(partition):
+            world.require_open(partition)
         intent = msgspec.structs.replace(intent, partition=partition)
         plan = Plan(partition=partition, outgoing=intent.outgoing, incoming=intent.incoming)
         if intent.kind is Kind.UNLOAD and partition:

@@ -105,6 +105,8 @@ class Router:
     def _route(self, version: Version, default: bool) -> Route:
         world = self._world
         serving = world.serving.get(version.key, "")
+        if world.closures.tainted(serving):
+            serving = ""
         chosen, reason = disposition(
             serving,
             world.placements.get(version.key),

@@ -134,6 +134,7 @@ class StageAhead:
             state = client.state
             quiet_s = now_s - world.exchanged_s.get(partition, world.started_s)
             busy = self._operations.holder(f"partition:{partition}") is not None
+            busy = busy or not world.is_open(partition)
             if busy or partition in staging or state.exchanging or quiet_s < IDLE_S:
                 continue
             mapped = frozenset(

@@ -12,6 +12,7 @@ from hotbay.v1 import (
     node_pb2,
     partition_pb2,
     scheduling_pb2,
+    simulation_pb2,
     tenant_pb2,
     watch_pb2,
 )
@@ -28,6 +29,7 @@ from daemon.control.services.models import ModelService
 from daemon.control.services.nodes import NodeService, PartitionService
 from daemon.control.services.operations import OperationsService, WatchService
 from daemon.control.services.server import Server
+from daemon.control.services.simulation import SimulationService
 from daemon.control.services.watch import Hub
 from daemon.control.state.operations import Operations
 from daemon.control.state.world import World
@@ -48,6 +50,7 @@ def make_server(
     layout_changes: LayoutChanges,
     pulls: Pulls,
     doctor: DoctorService,
+    simulation: SimulationService | None,
 ) -> Server:
     """The server with every service of the API; None stands for one that is not there yet."""
     implementations: dict[str, object | None] = {
@@ -57,6 +60,7 @@ def make_server(
         "DoctorService": doctor,
         "WatchService": WatchService(hub),
         "Operations": OperationsService(operations),
+        "SimulationService": simulation,
     }
     files = (
         node_pb2.DESCRIPTOR,
@@ -67,6 +71,7 @@ def make_server(
         scheduling_pb2.DESCRIPTOR,
         tenant_pb2.DESCRIPTOR,
         longrunning.DESCRIPTOR,
+        *([simulation_pb2.DESCRIPTOR] if simulation is not None else []),
     )
     services = {
         service: implementations.get(service.name)

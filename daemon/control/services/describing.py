@@ -66,7 +66,8 @@ def describe(name: str, resource: Message) -> str:
         how = "adopted" if resource.adopted else "started"
         return f"{name} runs as pid {resource.pid} ({how})"
     assert isinstance(resource, node_pb2.Gpu)
-    return f"GPU {name} is {resource.health}"
+    cordoned = ", cordoned" if resource.cordoned else ""
+    return f"GPU {name} is {resource.health}{cordoned}"
 
 
 def _word(message: Any, field: str, number: int) -> str:

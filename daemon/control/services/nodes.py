@@ -11,6 +11,7 @@ from typing import Any
 from hotbay.v1 import node_pb2, partition_pb2
 
 from daemon.control.actions.conductor import Conductor
+from daemon.control.actions.cordons import Cordons
 from daemon.control.actions.layout_changes import LayoutChanges
 from daemon.control.actions.layouts import Layouts
 from daemon.control.errors import Refused
@@ -34,6 +35,7 @@ class NodeService:
         version: str,
         discover: Callable[[], Awaitable[tuple[Gpu, ...]]],
         addresses: Callable[[], tuple[str, str]],
+        cordons: Cordons,
     ) -> None:
         self._world = world
         self._operations = operations
@@ -41,6 +43,7 @@ class NodeService:
         self._version = version
         self._discover = discover
         self._addresses = addresses
+        self._cordons = cordons
         self._started_s = time.time()
 
     async def GetNode(self, request: node_pb2.GetNodeRequest) -> node_pb2.Node:
@@ -75,6 +78,25 @@ class NodeService:
             gpus=[views.gpu(self._world, gpu) for gpu in self._world.gpus],
             unreachable=[gpu.uuid for gpu in lost if gpu.uuid],
         )
+
+    async def CordonGpu(self, request: node_pb2.CordonGpuRequest) -> node_pb2.Gpu:
+        await self._conductor.admit()
+        gpu = await self._cordons.cordon(
+            requests.identity("CordonGpu", request),
+            requests.required("gpu", request.gpu),
+            requests.short("reason", request.reason),
+            only_check=request.validate_only,
+        )
+        return views.gpu(self._world, gpu)
+
+    async def UncordonGpu(self, request: node_pb2.UncordonGpuRequest) -> node_pb2.Gpu:
+        await self._conductor.admit()
+        gpu = await self._cordons.uncordon(
+            requests.identity("UncordonGpu", request),
+            requests.required("gpu", request.gpu),
+            only_check=request.validate_only,
+        )
+        return views.gpu(self._world, gpu)
 
     async def Calibrate(self, request: node_pb2.CalibrateRequest) -> Any:
         operation = await self._conductor.submit(

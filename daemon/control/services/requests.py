@@ -23,6 +23,7 @@ from engine.link.control import InFlight
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 1000
 TIMEOUT_S_MAX = 86400.0
+SENTENCE_CHARACTERS_MAX = 500
 
 Item = TypeVar("Item")
 
@@ -52,6 +53,16 @@ def required(field: str, value: str) -> str:
     """A field that must not be empty."""
     if not value:
         raise invalid(field, f"{field} is empty: say which one")
+    return value
+
+
+def short(field: str, value: str) -> str:
+    """A sentence of people's, which is kept and shown."""
+    if len(value) > SENTENCE_CHARACTERS_MAX:
+        raise invalid(
+            field,
+            f"{field} has {len(value)} characters; at most {SENTENCE_CHARACTERS_MAX} are kept",
+        )
     return value
 
 

@@ -6,7 +6,7 @@ reported to protobuf. Only the services and the watch use it.
 
 from __future__ import annotations
 
-from hotbay.v1 import model_pb2, node_pb2, partition_pb2
+from hotbay.v1 import health_pb2, model_pb2, node_pb2, partition_pb2
 
 from daemon.control.processes.child import ProcessInfo
 from daemon.control.services.answers import model_state, timestamp
@@ -111,6 +111,7 @@ def _residence(world: World, engine: EngineState) -> partition_pb2.Residence:
 
 
 def gpu(world: World, each: Gpu) -> node_pb2.Gpu:
+    cordon = world.closures.cordons.get(each.uuid)
     reason = f": {each.health_reason}" if each.health_reason else ""
     instances = [
         node_pb2.GpuInstance(
@@ -141,6 +142,19 @@ def gpu(world: World, each: Gpu) -> node_pb2.Gpu:
         instances=instances,
         instances_hidden=each.instances is None,
         link=each.link,
+        units=[_whole(each)],
+        cordoned=cordon is not None,
+        cordon_reason=cordon.reason if cordon is not None else "",
+    )
+
+
+def _whole(each: Gpu) -> health_pb2.UnitHealth:
+    sound = each.health is GpuHealth.OK
+    state = "HEALTHY" if sound else "NEEDS_OPERATOR"
+    return health_pb2.UnitHealth(
+        unit=f"gpu{each.index}",
+        state=health_pb2.HealthState.Value(f"HEALTH_STATE_{state}"),
+        reason=each.health_reason,
     )
 
 

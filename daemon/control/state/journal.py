@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from daemon.control.errors import JournalFailed
-from daemon.control.state.records import Label, LinkRate, Operation, Placement, Version
+from daemon.control.state.records import Cordon, Label, LinkRate, Operation, Placement, Version
 from partitioner.cutting import LayoutChange, Owned
 
 SCHEMA_VERSION = 1
@@ -38,12 +38,13 @@ _KINDS: dict[type, str] = {
     LinkRate: "link",
     Owned: "instance",
     LayoutChange: "layout",
+    Cordon: "cordon",
 }
 _TYPES: dict[str, type] = {kind: type_ for type_, kind in _KINDS.items()}
 
 log = logging.getLogger(__name__)
 
-Record = Version | Label | Placement | Operation | LinkRate | Owned | LayoutChange
+Record = Version | Label | Placement | Operation | LinkRate | Owned | LayoutChange | Cordon
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Contents:
     owned: tuple[Owned, ...] = ()
     layout_change: LayoutChange | None = None
     """The change of layout that was under way."""
+    cordons: tuple[Cordon, ...] = ()
     warning: str = ""
 
 
@@ -156,6 +158,8 @@ def _key(record: Record) -> str:
         return record.partition
     if isinstance(record, Owned):
         return f"{record.gpu}/{record.place}"
+    if isinstance(record, Cordon):
+        return record.gpu
     if isinstance(record, LayoutChange):
         return "current"  # There is one at a time.
     return record.name
@@ -245,4 +249,5 @@ def _read(database: sqlite3.Connection) -> Contents:
         links=tuple(records["link"]),
         owned=tuple(records["instance"]),
         layout_change=next(iter(records["layout"]), None),
+        cordons=tuple(records["cordon"]),
     )

@@ -98,6 +98,14 @@ class LinkRate(msgspec.Struct, frozen=True):
     """The same for copying from the device; 0: not measured."""
 
 
+class Cordon(msgspec.Struct, frozen=True):
+    """That a GPU, by its UUID, takes no new models or swaps, by an operator's word."""
+
+    gpu: str
+    reason: str
+    since_s: float
+
+
 class Stage(StrEnum):
     """Where an operation stands; the names of the API's OperationStage."""
 
@@ -130,6 +138,8 @@ class Kind(StrEnum):
     STAGE = "stage"
     CALIBRATE = "calibrate"
     LAYOUT = "layout"
+    CORDON = "cordon"
+    UNCORDON = "uncordon"
 
 
 class Cause(StrEnum):

@@ -19,6 +19,7 @@ from daemon.control.config import Config
 from daemon.control.errors import Refused
 from daemon.control.processes.child import ProcessInfo
 from daemon.control.processes.worker_client import WorkerClient
+from daemon.control.state.closures import Closures
 from daemon.control.state.history import History
 from daemon.control.state.parking import Holdings
 from daemon.control.state.planning import PartitionView, Resident, Staged, resident
@@ -86,6 +87,8 @@ class World:
         self.gpus = gpus
         self.owned: tuple[Owned, ...] = ()
         """The GPU instances that are ours."""
+        self.closures = Closures()
+        """What takes nothing new now."""
         self.processes: Processes
         self.became_ready = asyncio.Event()
         self.stopping = False
@@ -228,8 +231,27 @@ class World:
         )
 
     def views(self, without: str = "") -> list[PartitionView]:
-        """Every partition whose worker is up."""
-        return [self.view(partition, without) for partition in self.processes.workers]
+        """Every partition whose worker is up and that takes new models."""
+        workers = self.processes.workers
+        return [self.view(each, without) for each in workers if self.is_open(each)]
+
+    def is_open(self, partition: str) -> bool:
+        """Whether a partition takes new models."""
+        found = self.partitions.get(partition)
+        return found is not None and self.closures.closed(found) is None
+
+    def require_any_open(self) -> None:
+        """Raises Refused where every partition that has a worker is closed."""
+        workers = self.processes.workers
+        if workers and not any(map(self.is_open, workers)):
+            self.require_open(next(iter(workers)))
+
+    def require_open(self, partition: str) -> None:
+        """Raises Refused (GPU_CORDONED, PARTITION_TAINTED) where nothing new may come."""
+        found = self.partitions.get(partition)
+        refusal = self.closures.closed(found) if found is not None else None
+        if refusal is not None:
+            raise refusal
 
     def state(self, version: Version) -> tuple[str, str, str]:
         """A version's state, the reason for it if there is one, and its partition."""
