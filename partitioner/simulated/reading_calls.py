@@ -7,7 +7,6 @@ that was made up for the occasion.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from types import MappingProxyType
 
