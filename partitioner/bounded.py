@@ -168,11 +168,19 @@ class BoundedNvml:
         """Read one GPU; see `NvmlDriver.reread`."""
         return await self._calls.call(f"reread {uuid}", lambda: self._opened().reread(uuid))
 
-    async def set_mig_mode(self, uuid: str, generation: int, enabled: bool) -> None:
+    async def set_mig_mode(
+        self, uuid: str, generation: int, enabled: bool, *, may_wait: bool = False
+    ) -> None:
         """Switch MIG mode; see `NvmlDriver.set_mig_mode`."""
         await self._calls.call(
             f"MIG mode of {uuid}",
-            lambda: self._opened().set_mig_mode(uuid, generation, enabled),
+            lambda: self._opened().set_mig_mode(uuid, generation, enabled, may_wait=may_wait),
+        )
+
+    async def reset_gpu(self, uuid: str, generation: int) -> None:
+        """Reset a GPU; see `NvmlDriver.reset_gpu`."""
+        await self._calls.call(
+            f"resetting {uuid}", lambda: self._opened().reset_gpu(uuid, generation)
         )
 
     async def create_instance(self, uuid: str, generation: int, place: Instance) -> None:

@@ -24,6 +24,7 @@ class Action(StrEnum):
     DESTROY = "destroy"
     DISABLE = "disable MIG mode of"
     ENABLE = "enable MIG mode of"
+    RESET = "reset"
     COMPLETE = "complete"
     CREATE = "create"
 
@@ -83,6 +84,8 @@ class GpuChange:
     before: Cut
     after: Cut
     foreign: tuple[Instance, ...] = ()
+    reset: bool = False
+    """Whether changing MIG mode takes a reset of the GPU."""
 
     @property
     def kept(self) -> frozenset[Instance]:
@@ -116,7 +119,8 @@ def _gpu_change(plan: GpuPlan, state: GpuState) -> GpuChange:
     own = tuple(sorted(set(state.instances) - set(foreign)))
     mig = state.mig_enabled if plan.mig_change is MigChange.NONE else not state.mig_enabled
     after = Cut(mig, tuple(sorted(plan.chosen)))
-    return GpuChange(plan.uuid, plan.index, Cut(state.mig_enabled, own), after, foreign)
+    before = Cut(state.mig_enabled, own)
+    return GpuChange(plan.uuid, plan.index, before, after, foreign, plan.reset)
 
 
 def next_step(gpu: Gpu, change: GpuChange, *, forward: bool) -> Step | None:
@@ -159,14 +163,25 @@ def _steps(gpu: Gpu, change: GpuChange, forward: bool) -> Iterator[Step]:
     for each in ours:
         if each.place not in target.instances:
             yield step(Action.DESTROY, each.place, each.number)
-    if gpu.mig_enabled != target.mig_enabled:
-        yield step(Action.ENABLE if target.mig_enabled else Action.DISABLE)
+    yield from (step(action) for action in _mode_steps(gpu, change, target.mig_enabled))
     for each in ours:
         half = not each.uuid and each.place not in change.kept
         if half and each.place in target.instances:
             yield step(Action.COMPLETE, each.place, each.number)
     for place in missing:
         yield step(Action.CREATE, place)
+
+
+def _mode_steps(gpu: Gpu, change: GpuChange, wanted: bool) -> Iterator[Action]:
+    """A change that waits for a reset is made by one, or taken back by meaning the old mode."""
+    switch = Action.ENABLE if wanted else Action.DISABLE
+    if gpu.mig_enabled != wanted:
+        if gpu.mig_pending != wanted:
+            yield switch
+        if change.reset:
+            yield Action.RESET
+    elif change.reset and gpu.mig_pending != wanted:
+        yield switch
 
 
 def owned_after(gpu: Gpu, change: GpuChange, boot_id: str, *, forward: bool) -> tuple[Owned, ...]:

@@ -10,6 +10,7 @@ failed, on what, and what the reader can do.
     ├── LayoutChangeError        a change of layout was given up; the old layout is there again
     │   ├── LayoutMovedError     somebody else has changed what was to be kept
     │   ├── InstanceHeldError    a process that is not ours uses what is to go; carries the pids
+    │   │   └── ResetHeldError   the same, of a GPU that has to be reset
     │   ├── ChangeNotMadeError   the driver reports as done what cannot be seen
     │   ├── ChangeCancelledError somebody asked for it to stop
     │   └── NotRolledBackError   neither the new nor the old layout could be reached yet
@@ -26,7 +27,7 @@ failed, on what, and what the reader can do.
         ├── NvmlCallError        a call of the library failed; carries function and code
         │   ├── GpuInUseError       a change was refused, because a process uses what it would take
         │   └── PermissionMissingError  this process may not make it; says what right is missing
-        ├── ResetNeededError     the driver makes the change only with the next reset of the GPU
+        ├── ResetNeededError     a change takes a reset of the GPU that is not meant or refused
         ├── NvmlTimeoutError     a call did not return within its deadline
         ├── NvmlBusyError        too many calls wait already
         ├── NvmlClosedError      the reader was closed
@@ -79,6 +80,10 @@ class InstanceHeldError(LayoutChangeError):
     def __init__(self, problem: str, pids: tuple[int, ...]) -> None:
         super().__init__(problem)
         self.pids = pids
+
+
+class ResetHeldError(InstanceHeldError):
+    """Processes that are not ours use a GPU that has to be reset to change its MIG mode."""
 
 
 class ChangeNotMadeError(LayoutChangeError):
@@ -169,7 +174,7 @@ class PermissionMissingError(NvmlCallError):
 
 
 class ResetNeededError(NvmlError):
-    """A change of MIG mode would only be made by the next reset of the GPU; it was taken back."""
+    """A change of MIG mode takes a reset of the GPU, which is not meant, or cannot be done."""
 
 
 class NvmlTimeoutError(NvmlError):

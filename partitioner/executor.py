@@ -1,7 +1,8 @@
 """Carrying a change of layout out, step by step, or taking it back.
 
 It owns the loop: read, decide, look for holders, write the step down, act, read again. Journal and
-GPUs are behind Protocols. It never touches what no step names, resets nothing, and ends no process.
+GPUs are behind Protocols. It never touches what no step names, and ends no process; it resets a GPU
+only where the change says so and nobody uses it.
 The invariant: at every moment the journal holds enough to come from whatever the GPUs say to the
 old layout or to the new one; a step that the driver reports as done and that cannot be seen is an
 error.
@@ -21,6 +22,7 @@ from partitioner.errors import (
     LayoutMovedError,
     NotRolledBackError,
     PartitionerError,
+    ResetHeldError,
 )
 from partitioner.geometry import Instance
 from partitioner.gpu import Gpu, Telemetry
@@ -34,7 +36,10 @@ class Driver(Protocol):
 
     async def reread(self, uuid: str) -> Gpu: ...
     async def telemetry(self, uuid: str, generation: int) -> Telemetry: ...
-    async def set_mig_mode(self, uuid: str, generation: int, enabled: bool) -> None: ...
+    async def set_mig_mode(
+        self, uuid: str, generation: int, enabled: bool, *, may_wait: bool = False
+    ) -> None: ...
+    async def reset_gpu(self, uuid: str, generation: int) -> None: ...
     async def create_instance(self, uuid: str, generation: int, place: Instance) -> None: ...
     async def complete_instance(
         self, uuid: str, generation: int, number: int, place: Instance
@@ -137,7 +142,7 @@ class Executor:
                 number += 1
                 begun(step, number, max(number, total))
                 await self._note(replace(change, step=step))
-                await self._act(step)
+                await self._act(step, each)
                 last = step
                 gpus[position] = await self._driver.reread(each.gpu)
             else:
@@ -146,10 +151,13 @@ class Executor:
                 )
         return tuple(gpus)
 
-    async def _act(self, step: Step) -> None:
+    async def _act(self, step: Step, change: GpuChange) -> None:
         driver, gpu, generation = self._driver, step.gpu, step.generation
-        if step.place is None:
-            await driver.set_mig_mode(gpu, generation, step.action is Action.ENABLE)
+        if step.action is Action.RESET:
+            await driver.reset_gpu(gpu, generation)
+        elif step.place is None:
+            enabled = step.action is Action.ENABLE
+            await driver.set_mig_mode(gpu, generation, enabled, may_wait=change.reset)
         elif step.action is Action.CREATE:
             await driver.create_instance(gpu, generation, step.place)
         elif step.action is Action.COMPLETE:
@@ -169,6 +177,13 @@ class Executor:
         )
         if pids:
             names = ", ".join(str(pid) for pid in pids)
+            if step.place is None and change.reset:
+                raise ResetHeldError(
+                    f"gpu{change.index} changes its MIG mode only with a reset, and is used by "
+                    f"processes that are not hotbayd's (pid {names}); end them, then plan and "
+                    "apply again",
+                    tuple(pids),
+                )
             raise InstanceHeldError(
                 f"cannot {describe(step, change)}: it is used by processes that are not hotbayd's "
                 f"(pid {names}); end them, then plan and apply again",

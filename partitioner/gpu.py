@@ -65,8 +65,8 @@ class Gpu:
     `memory_used_bytes` is what tenants hold. `numa_node` is None where the host does not tell.
     `link` names the way to the host's memory: GPUs behind one PCIe root have the same.
     `health_reason` says why when the health is not OK. An empty `uuid` means that the GPU was lost
-    before it was ever seen. `instances` is empty without MIG mode, and None where the driver does
-    not let this process see them.
+    before it was ever seen. `minor` is the number of its device file. `instances` is empty without
+    MIG mode, and None where the driver does not let this process see them.
     """
 
     uuid: str
@@ -79,6 +79,7 @@ class Gpu:
     memory_used_bytes: int = 0
     sm_count: int = 0
     compute_capability: tuple[int, int] = (0, 0)
+    minor: int = 0
     mig_capable: bool = False
     mig_enabled: bool = False
     mig_pending: bool = False
@@ -164,8 +165,17 @@ class NvmlDriver(NvmlReader, Protocol):
         """Read one GPU that a discovery has listed, whatever its generation is now."""
         ...
 
-    def set_mig_mode(self, uuid: str, generation: int, enabled: bool) -> None:
-        """Switch MIG mode now; raises `ResetNeededError` where that takes a reset."""
+    def set_mig_mode(
+        self, uuid: str, generation: int, enabled: bool, *, may_wait: bool = False
+    ) -> None:
+        """Switch MIG mode now; raises `ResetNeededError` where that takes a reset.
+
+        With `may_wait` a switch that takes a reset is left waiting for one.
+        """
+        ...
+
+    def reset_gpu(self, uuid: str, generation: int) -> None:
+        """Reset the GPU, which nobody uses. Raises `ResetNeededError` where that is refused."""
         ...
 
     def create_instance(self, uuid: str, generation: int, place: Instance) -> None:

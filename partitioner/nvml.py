@@ -30,6 +30,7 @@ from partitioner.nvml_facts import call, call_optional, read_ancestor, read_gpu,
 from partitioner.nvml_instances import read_geometry, read_instances
 from partitioner.pcie import links
 from partitioner.readings import GpuReadings, processes_of, read_readings
+from partitioner.resetting import Resetter, SmiResetter
 
 _LOST = frozenset({pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_GPU_NOT_FOUND})
 # Errors of the library as a whole: no GPU is to blame for them.
@@ -48,7 +49,8 @@ class PynvmlReader:
     Raises `NvmlUnavailableError` on a host without a usable library.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resetter: Resetter | None = None) -> None:
+        self._resetter = resetter or SmiResetter()
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
@@ -155,10 +157,23 @@ class PynvmlReader:
         self._known[uuid] = self._with_generation(gpu)
         return self._known[uuid]
 
-    def set_mig_mode(self, uuid: str, generation: int, enabled: bool) -> None:
+    def set_mig_mode(
+        self, uuid: str, generation: int, enabled: bool, *, may_wait: bool = False
+    ) -> None:
         """Switch MIG mode now; see `NvmlDriver.set_mig_mode`."""
         with self._changing(uuid, generation) as handle:
-            nvml_changes.set_mig_mode(handle, f"gpu{self._known[uuid].index}", enabled)
+            name = f"gpu{self._known[uuid].index}"
+            nvml_changes.set_mig_mode(handle, name, enabled, may_wait=may_wait)
+
+    def reset_gpu(self, uuid: str, generation: int) -> None:
+        """Reset a GPU. NVML is let go of meanwhile: this process too would be in the way."""
+        with self._changing(uuid, generation):
+            self._handles.clear()
+            call("nvmlShutdown")
+            try:
+                self._resetter.reset(self._known[uuid])
+            finally:
+                call("nvmlInit")
 
     def create_instance(self, uuid: str, generation: int, place: Instance) -> None:
         """Create an instance with its compute instance; see `NvmlDriver.create_instance`."""

@@ -1,10 +1,10 @@
 """Changing how a GPU is cut, through pynvml: MIG mode, and instances at explicit places.
 
 It owns the calls of one change and their errors in this package's words. It keeps no state, fences
-nothing (its caller knows generations) and resets no GPU. The invariants: an instance is created at
-the place that was asked for or not at all as far as this process can bring it about; only the
-instance that is at the place its caller believes is destroyed; placements go to pynvml by reference
-(by value they end the process).
+nothing (its caller knows generations) and resets no GPU itself. The invariants: an instance is
+created at the place that was asked for or not at all as far as this process can bring it about;
+only the instance that is at the place its caller believes is destroyed; placements go to pynvml by
+reference (by value they end the process).
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ MODE_RIGHT = "with CAP_SYS_ADMIN (as root)"
 INSTANCES_RIGHT = "as root, or let it use the driver's MIG capability `mig/config`"
 
 
-def set_mig_mode(handle: Any, name: str, enabled: bool) -> None:
-    """Switch MIG mode. A switch that would wait for a reset is taken back, and refused."""
+def set_mig_mode(handle: Any, name: str, enabled: bool, *, may_wait: bool = False) -> None:
+    """Switch MIG mode. One that would wait for a reset is taken back and refused, or may wait."""
     mode = pynvml.NVML_DEVICE_MIG_ENABLE if enabled else pynvml.NVML_DEVICE_MIG_DISABLE
     with _named(f"switching MIG mode of {name}", MODE_RIGHT):
         activation = call("nvmlDeviceSetMigMode", handle, mode)
     current, pending = call("nvmlDeviceGetMigMode", handle)
-    if current == mode and pending == mode:
+    if pending == mode and (may_wait or current == mode):
         return
     with suppress(NvmlCallError):
         call("nvmlDeviceSetMigMode", handle, current)
     if activation == pynvml.NVML_ERROR_IN_USE:
         raise GpuInUseError("nvmlDeviceSetMigMode", activation, name)
     raise ResetNeededError(
-        f"MIG mode of {name} changes only when the GPU is reset, which hotbayd never does: switch "
-        f"it with `nvidia-smi -mig {int(enabled)}`, reset the GPU or the host, and plan again"
+        f"MIG mode of {name} changes only when the GPU is reset, which the plan does not have: "
+        f"switch it with `nvidia-smi -mig {int(enabled)}`, reset the GPU or the host, and plan "
+        "again"
     )
 
 

@@ -52,6 +52,7 @@ def read_gpu(handle: Any, index: int, uuid: str, driver_version: str) -> Gpu:
         memory_used_bytes=used,
         sm_count=cores // cores_per_sm if cores_per_sm else 0,
         compute_capability=capability,
+        minor=call_optional("nvmlDeviceGetMinorNumber", handle) or 0,
         mig_capable=mig_mode is not None,
         mig_enabled=mig_mode is not None and mig_mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE,
         mig_pending=mig_mode is not None and mig_mode[1] == pynvml.NVML_DEVICE_MIG_ENABLE,

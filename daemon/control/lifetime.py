@@ -20,6 +20,8 @@ from daemon.control.node import Node
 from daemon.control.notify import Notifier
 from daemon.control.state.journal import Journal
 from partitioner.bounded import BoundedNvml
+from partitioner.nvml import PynvmlReader
+from partitioner.resetting import resetter_of
 from partitioner.simulated.node import SimulatedNode
 
 STOP_MARGIN_S = 30.0
@@ -48,7 +50,7 @@ async def serve(
     loop.add_signal_handler(signal.SIGUSR2, on_handover)
     loop.add_signal_handler(signal.SIGHUP, lambda: log.info("SIGHUP is ignored"))
     watchdog = asyncio.create_task(_run_watchdog(notifier), name="watchdog")
-    nvml = BoundedNvml()
+    nvml = BoundedNvml(lambda: PynvmlReader(resetter_of(simulated)))
     journal, contents = await Journal.open(config.state_dir)
     gpus = await nvml.discover()
     node = Node(config, notifier, nvml, gpus, journal, contents, version, simulated=simulated)

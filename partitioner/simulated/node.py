@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from partitioner.catalogue import Board
 from partitioner.errors import SimulationError
@@ -21,6 +21,8 @@ from partitioner.simulated.events import EventSets, SimulatedEvent
 from partitioner.simulation import NodeSpec, ProcessSpec
 
 ANY_FUNCTION = "*"
+RESET_REQUIRED = 16
+"""NVML's code for it."""
 FIRST_HANDLE = 0x5EED0000
 _FIRST_INSTANCE_HANDLE = 0x5EEE0000
 
@@ -114,6 +116,10 @@ class Fault:
     gpu_uuid: str | None = None
     after_calls: int = 0
     times: int | None = None
+
+    def ends_with_reset(self, gpu: SimulatedGpu) -> bool:
+        """Whether it is that this GPU wants a reset."""
+        return self.code == RESET_REQUIRED and self.gpu_uuid == gpu.uuid
 
 
 @dataclass
@@ -228,6 +234,18 @@ class SimulatedNode:
         if at_once:
             gpu.mig_current = enabled
         self._changed(self)
+
+    def reset(self, gpu: SimulatedGpu) -> bool:
+        """Reset a GPU that nobody uses: its instances go, and the MIG mode that waits comes."""
+        if gpu.processes or gpu.lost:
+            return False
+        gpu.mig_current = gpu.mig_pending
+        if gpu.health.recovery_action is not None:
+            gpu.health = replace(gpu.health, recovery_action=0)
+        with self._lock:
+            self._faults = [each for each in self._faults if not each.fault.ends_with_reset(gpu)]
+        self.cut(gpu, ())
+        return True
 
     def inject(self, fault: Fault) -> None:
         """Arm a fault; the first armed fault that strikes a call decides its answer."""

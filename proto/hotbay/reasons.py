@@ -202,7 +202,7 @@ class Reason(StrEnum):
     )
     RESET_NEEDED = (
         "RESET_NEEDED", Code.FAILED_PRECONDITION,
-        "switch MIG mode with nvidia-smi, reset the GPU or the host, and plan again",
+        "end what uses the GPU and apply again, or switch MIG mode with nvidia-smi and reboot",
     )
     DRIVER_PERMISSION = (
         "DRIVER_PERMISSION", Code.PERMISSION_DENIED,

@@ -27,12 +27,19 @@ from partitioner.executor import Executor
 from partitioner.geometry import Instance, geometry_of, legal_layouts
 from partitioner.gpu import Gpu
 from partitioner.nvml import PynvmlReader
+from partitioner.resetting import Resetter
 from partitioner.simulated.install import installed
 from partitioner.simulated.node import Fault, SimulatedGpu, SimulatedNode
 from partitioner.simulation import GpuSpec, NodeSpec, ProcessSpec
 
 BOOT = "boot-1"
-CHANGES = ("set_mig_mode", "create_instance", "complete_instance", "destroy_instance")
+CHANGES = (
+    "set_mig_mode",
+    "reset_gpu",
+    "create_instance",
+    "complete_instance",
+    "destroy_instance",
+)
 H200 = load_catalogue().board("h200")
 GEOMETRY = geometry_of(H200)
 LAYOUTS = tuple(legal_layouts(GEOMETRY))
@@ -45,16 +52,20 @@ class Crash(BaseException):
 class Direct:
     """The driver without a thread. `crash(name, after)` is asked around every change."""
 
-    def __init__(self, crash: Callable[[bool], bool] = lambda after: False) -> None:
-        self.reader = PynvmlReader()
+    def __init__(
+        self,
+        crash: Callable[[bool], bool] = lambda after: False,
+        resetter: Resetter | None = None,
+    ) -> None:
+        self.reader = PynvmlReader(resetter)
         self.reader.discover()
         self._crash = crash
 
     def __getattr__(self, name: str) -> Any:
-        async def call(*arguments: Any) -> Any:
+        async def call(*arguments: Any, **named: Any) -> Any:
             if name in CHANGES and self._crash(False):
                 raise Crash
-            result = getattr(self.reader, name)(*arguments)
+            result = getattr(self.reader, name)(*arguments, **named)
             if name in CHANGES and self._crash(True):
                 raise Crash
             return result

@@ -33,6 +33,8 @@ from engine.link.build import Build, Built, Inspected, Restore, Touch
 from engine.link.control import EngineState, EngineStatus, ExchangeResult, Ledger, Stage
 from engine.link.peer import Peer
 from partitioner.bounded import BoundedNvml
+from partitioner.nvml import PynvmlReader
+from partitioner.resetting import SimulatedResetter
 from partitioner.simulated.install import installed
 from partitioner.simulated.node import SimulatedNode
 from partitioner.simulation import parse_simulate
@@ -574,7 +576,7 @@ class Theatre:
         config = self.config()
         config.state_dir.mkdir(exist_ok=True)
         journal, contents = await Journal.open(config.state_dir)
-        self._nvml = BoundedNvml()
+        self._nvml = BoundedNvml(lambda: PynvmlReader(SimulatedResetter(self.board)))
 
         def make_fleet(
             commands: Commands, partitions: tuple[str, ...], events: FleetEvents

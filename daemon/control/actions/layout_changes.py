@@ -134,13 +134,6 @@ class LayoutChanges:
                     "layout",
                     reason="NOT_IMPLEMENTED",
                 )
-            if gpu.reset:
-                raise Refused(
-                    f"MIG mode of gpu{gpu.index} changes only with a reset of the GPU, which "
-                    "hotbayd never does: switch it with `nvidia-smi -mig`, then plan again",
-                    reason="RESET_NEEDED",
-                    metadata={"gpu": gpu.uuid},
-                )
         change = change_of(plan, states, operation, boot_id())
         try:
             await self._executor.refuse_held(change, self._own_pids())

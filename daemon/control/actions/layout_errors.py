@@ -17,6 +17,7 @@ from partitioner.errors import (
     NvmlBusyError,
     NvmlTimeoutError,
     PermissionMissingError,
+    ResetHeldError,
     ResetNeededError,
     StaleGenerationError,
 )
@@ -24,6 +25,7 @@ from partitioner.errors import (
 # In this order: the first that fits.
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (NotRolledBackError, "LAYOUT_UNSETTLED"),
+    (ResetHeldError, "RESET_NEEDED"),
     (InstanceHeldError, "PARTITION_IN_USE"),
     (GpuInUseError, "PARTITION_IN_USE"),
     (LayoutMovedError, "PLAN_STALE"),
