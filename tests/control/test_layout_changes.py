@@ -25,7 +25,8 @@ from partitioner import errors
 from partitioner.simulated.node import Fault
 from partitioner.simulation import ProcessSpec
 from tests.control.test_services import QUIET, Api, refusal
-from tests.support.control_stage import Theatre, Worker, staged, until
+from tests.support.control_peers import Worker
+from tests.support.control_stage import Theatre, staged, until
 
 SERVICE = "hotbay.v1.PartitionService"
 TWO = "version: 1\ngpus:\n- index: 0\n  partitions: [{profile: 3g.71gb, start: 4}, {profile: 2g.35gb, start: 0}]\n"  # noqa: E501

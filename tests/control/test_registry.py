@@ -16,7 +16,7 @@ from daemon.control.state.journal import Contents, Put
 from daemon.control.state.records import Label, Version
 from daemon.control.state.registry import Registry
 from engine.link.build import Inspected
-from tests.support.control_stage import Builders
+from tests.support.control_builders import Builders
 
 
 def checkpoint(root: Path, name: str, version: str = "1", bad: bool = False) -> Path:
