@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 
 import msgspec
 
@@ -31,7 +30,7 @@ from daemon.control.state.records import (
     Stage,
     Version,
 )
-from daemon.control.state.running import Handle, Outcome, Request
+from daemon.control.state.running import Handle, Outcome, Request, foreseen
 from daemon.control.state.world import World
 from engine.link.control import InFlight
 
@@ -70,20 +69,7 @@ class Conductor:
                 return existing
         intent, plan = self.prepare(wish)
         if validate_only:
-            now_s = time.time()
-            return Operation(
-                name="",
-                request_id=request.request_id,
-                method=request.method,
-                request_hash=request.request_hash,
-                intent=intent,
-                created_s=now_s,
-                ended_s=now_s,
-                stage=Stage.PLANNING,
-                plan=plan,
-                message="nothing was changed (validate_only)",
-                result=self._foreseen(intent, plan),
-            )
+            return foreseen(request, intent, plan, self._foreseen(intent, plan))
         claimed = claims(intent)
         if intent.kind is Kind.CALIBRATE:
             claimed = tuple(f"partition:{each}" for each in self._calibrated(intent))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -36,7 +35,7 @@ from daemon.control.state.records import (
     Result,
     Stage,
 )
-from daemon.control.state.running import Handle, Outcome, Request
+from daemon.control.state.running import NOTHING_CHANGED, Handle, Outcome, Request, foreseen
 from daemon.control.state.world import World
 from partitioner import layout
 from partitioner.cutting import Cut, LayoutChange, Owned, Step, change_of, owned_after
@@ -105,24 +104,13 @@ class LayoutChanges:
                 return existing
         plan, change = await self._prepare(plan_id, "")
         intent = Intent(Kind.LAYOUT, layout=plan_id)
-        foreseen = Plan(predicted_ms=plan.downtime_ms)
+        predicted = Plan(predicted_ms=plan.downtime_ms)
         names = sorted({*_names(change, before=True), *_names(change, before=False)})
         if validate_only:
-            now_s = time.time()
-            return Operation(
-                name="",
-                request_id=request.request_id,
-                method=request.method,
-                request_hash=request.request_hash,
-                intent=intent,
-                created_s=now_s,
-                ended_s=now_s,
-                stage=Stage.PLANNING,
-                plan=foreseen,
-                result=self._result(change, "nothing was changed (validate_only)"),
-            )
+            result = self._result(change, NOTHING_CHANGED)
+            return foreseen(request, intent, predicted, result)
         claims = (CLAIM, *(f"partition:{name}" for name in names))
-        return await self._operations.begin(request, intent, foreseen, claims, self._run)
+        return await self._operations.begin(request, intent, predicted, claims, self._run)
 
     async def _prepare(self, plan_id: str, operation: str) -> tuple[layout.Plan, LayoutChange]:
         """Plan again what was shown, and look for what forbids it."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -23,7 +22,7 @@ from daemon.control.errors import CallRefused, Refused
 from daemon.control.state.operations import Operations
 from daemon.control.state.records import Intent, Kind, Operation, Plan, Pulled, Result, Stage
 from daemon.control.state.registry import VERSION_NEXT
-from daemon.control.state.running import Handle, Outcome, Request
+from daemon.control.state.running import Handle, Outcome, Request, foreseen
 from daemon.control.state.world import World
 from engine.link.pull import Fetch, Fetched, Resolve, Resolved
 
@@ -98,22 +97,10 @@ class Pulls:
         intent = Intent(Kind.PULL, incoming=name, pulled=source)
         if not validate_only:
             return await self._operations.begin(request, intent, Plan(), claims(intent), self.run)
-        now_s = time.time()
         directory = self.directory(wanted, commit)
-        return Operation(
-            name="",
-            request_id=request.request_id,
-            method=request.method,
-            request_hash=request.request_hash,
-            intent=intent,
-            created_s=now_s,
-            ended_s=now_s,
-            stage=Stage.PLANNING,
-            bytes_total=total_bytes,
-            message="nothing was changed (validate_only)",
-            result=Result(name, "COLD", "", f"{wanted.repository}@{commit[:12]}: {message}, into "
-                          f"{directory}"),
-        )  # fmt: skip
+        told = f"{wanted.repository}@{commit[:12]}: {message}, into {directory}"
+        result = Result(name, "COLD", "", told)
+        return foreseen(request, intent, Plan(), result, bytes_total=total_bytes)
 
     async def run(self, handle: Handle) -> Outcome:
         """Carry a pull out, or go on with one that a restart interrupted."""

@@ -16,7 +16,7 @@ import msgspec
 
 from daemon.control.errors import ControlError
 from daemon.control.state.journal import Drop, Put
-from daemon.control.state.records import Operation, Result
+from daemon.control.state.records import Intent, Operation, Plan, Result, Stage
 
 PROGRESS_INTERVAL_S = 0.1
 
@@ -28,6 +28,31 @@ class Request:
     method: str
     request_id: str = ""
     request_hash: str = ""
+
+
+NOTHING_CHANGED = "nothing was changed (validate_only)"
+
+
+def foreseen(
+    request: Request, intent: Intent, plan: Plan, result: Result, *, bytes_total: int = 0
+) -> Operation:
+    """The answer to a call that was only to be checked: an operation that has ended, without a
+    name."""
+    now_s = time.time()
+    return Operation(
+        name="",
+        request_id=request.request_id,
+        method=request.method,
+        request_hash=request.request_hash,
+        intent=intent,
+        created_s=now_s,
+        ended_s=now_s,
+        stage=Stage.PLANNING,
+        plan=plan,
+        bytes_total=bytes_total,
+        message=NOTHING_CHANGED,
+        result=result,
+    )
 
 
 @dataclass(frozen=True)
