@@ -138,6 +138,7 @@ def test_a_killed_gateway_starts_again_in_the_same_directory(own_stage: GatewayS
     until(own_stage._started, "the second gateway listens", 20)
     own_stage.do(own_stage.daemon.leave())
     own_stage.do(own_stage.daemon.connect())
+    assert own_stage.client.get("/livez").status_code == 200
 
 
 def test_a_second_gateway_in_the_directory_is_refused(own_stage: GatewayStage) -> None:

@@ -171,6 +171,7 @@ def test_measuring_the_link_leaves_nothing_behind(make_device, outward):
     device = make_device(4)
     pool = PagePool(device)
     descriptors = len(os.listdir("/proc/self/fd"))
+    images = Path("/proc/self/maps").read_text().count("hotbay-image")
     assert measure_link(pool, 3 * PAGE - 5, outward=outward) > 1e6
     assert device.statistics().copied_bytes == 6 * (3 * PAGE - 5)
     # With less room than asked for, it measures with what there is.
@@ -184,7 +185,7 @@ def test_measuring_the_link_leaves_nothing_behind(make_device, outward):
     assert (statistics.pages_mapped, statistics.reservations) == (0, 0)
     assert pool.owners() == {"model": 4}
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert "hotbay-image" not in Path("/proc/self/maps").read_text()
+    assert Path("/proc/self/maps").read_text().count("hotbay-image") == images
 
 
 @pytest.mark.parametrize("outward", [False, True])
