@@ -13,7 +13,7 @@ from google.longrunning import operations_proto_pb2 as longrunning
 from hotbay.status import operation_metadata
 from hotbay.v1 import node_pb2, simulation_pb2
 
-from tests.control.test_services import QUIET, Api, refusal
+from tests.support.control_api import QUIET, Api, refusal
 from tests.support.control_stage import staged, until
 
 SERVICE = "hotbay.v1.NodeService"

@@ -26,7 +26,7 @@ from daemon.control.doctor.report import PROBES, examination, examine
 from daemon.control.notify import Notifier
 from partitioner.errors import NvmlUnavailableError
 from partitioner.gpu import Gpu, GpuHealth
-from tests.control.test_services import Api, play
+from tests.support.control_api import Api, play
 
 GIB = 1 << 30
 H200 = Gpu("GPU-0", 0, "NVIDIA H200", driver_version="580.95.05", mig_capable=True, numa_node=0)

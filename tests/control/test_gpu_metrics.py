@@ -24,7 +24,7 @@ from partitioner.readings import PROCESSES_MAX, GpuReadings, processes_of
 from partitioner.simulated.install import installed
 from partitioner.simulated.node import Fault, SimulatedNode
 from partitioner.simulation import parse_node
-from tests.control.test_services import Api, play
+from tests.support.control_api import Api, play
 
 NODE = """
 version: 1

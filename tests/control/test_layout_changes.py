@@ -24,7 +24,7 @@ from daemon.control.failpoints import Action, FailPoint
 from partitioner import errors
 from partitioner.simulated.node import Fault
 from partitioner.simulation import ProcessSpec
-from tests.control.test_services import QUIET, Api, refusal
+from tests.support.control_api import QUIET, Api, refusal
 from tests.support.control_peers import Worker
 from tests.support.control_stage import Theatre, staged, until
 

@@ -19,7 +19,7 @@ from partitioner.catalogue import load_catalogue
 from partitioner.simulated.install import installed
 from partitioner.simulated.node import Fault, SimulatedNode
 from partitioner.simulation import parse_node
-from tests.control.test_services import Api, play, refusal
+from tests.support.control_api import Api, play, refusal
 
 SERVICE = "hotbay.v1.PartitionService"
 THREE = "version: 1\ngpus:\n- index: 0\n  partitions: [{profile: 3g.71gb}]\n"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import stat
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
-from hotbay.reasons import DOMAIN, Reason
+from hotbay.reasons import Reason
 from hotbay.v1 import (
     doctor_pb2,
     model_pb2,
@@ -31,10 +29,8 @@ from hotbay.v1 import (
 from daemon.control.services.answers import status
 from daemon.control.state.records import Failure
 from engine.link import control
-from engine.link.control import ExchangeResult, Ledger
-from tests.support.control_stage import Theatre, staged, until
+from tests.support.control_api import Api, play, refusal
 
-QUIET = "[scheduling]\nmin_residency_s = 3600\n"
 WORKING = {
     "NodeService": {"GetNode", "ListGpus", "Calibrate", "CordonGpu", "UncordonGpu"},
     "PartitionService": {
@@ -64,56 +60,6 @@ SERVICES = [
     )
     for service in module.DESCRIPTOR.services_by_name.values()
 ]
-
-
-class Api:
-    """Calls by full name; errors come as (code, reason, metadata, message)."""
-
-    def __init__(self, stage: Theatre, channel: grpc.aio.Channel) -> None:
-        self.stage = stage
-        self.channel = channel
-
-    async def call(self, method: str, request: Any, answer: Any) -> Any:
-        call = self.channel.unary_unary(
-            f"/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=answer.FromString,
-        )
-        return await call(request, timeout=10)
-
-    async def model(self, method: str, answer: Any = longrunning.Operation, **fields: Any) -> Any:
-        request = getattr(model_pb2, f"{method}Request")(**fields)
-        return await self.call(f"hotbay.v1.ModelService/{method}", request, answer)
-
-    async def operation(
-        self, method: str, answer: Any = longrunning.Operation, **fields: Any
-    ) -> Any:
-        request = getattr(longrunning, f"{method}Request")(**fields)
-        return await self.call(f"google.longrunning.Operations/{method}", request, answer)
-
-    async def wait(self, operation: Any) -> Any:
-        return await self.operation("WaitOperation", name=operation.name)
-
-
-async def refusal(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str, dict[str, str], str]:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
-    assert status is not None, caught.value
-    info = error_details_pb2.ErrorInfo()
-    assert status.details[0].Unpack(info)
-    assert info.domain == DOMAIN
-    return caught.value.code(), info.reason, dict(info.metadata), status.message
-
-
-def play(root: Path, scenario: Callable[[Api], Awaitable[None]], *models: str) -> None:
-    async def run() -> None:
-        async with staged(root, *models, settings=QUIET) as stage, asyncio.timeout(20):
-            path = stage.config().control_socket
-            async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
-                await scenario(Api(stage, channel))
-
-    asyncio.run(run())
 
 
 def test_socket_is_this_users_alone(tmp_path: Path) -> None:
@@ -353,69 +299,6 @@ def test_unavailable_says_when_to_try_again(tmp_path: Path) -> None:
     play(tmp_path, scenario, "prose")
 
 
-def test_watch_over_the_wire(tmp_path: Path) -> None:
-    async def scenario(api: Api) -> None:
-        watching = api.channel.unary_stream(
-            "/hotbay.v1.WatchService/Watch",
-            request_serializer=watch_pb2.WatchRequest.SerializeToString,
-            response_deserializer=watch_pb2.WatchEvent.FromString,
-        )
-        stream = watching(watch_pb2.WatchRequest(kinds=["operation", "model"]))
-        events = []
-        operation = None
-        async for event in stream:
-            events.append(event)
-            if event.type == watch_pb2.EVENT_TYPE_SYNCED:
-                operation = await api.model("LoadModel", model="prose")
-            if event.kind == "model" and event.model.versions[0].state == 4:
-                break
-        stages = []
-        for event in events:
-            if event.kind == "operation":
-                metadata = model_pb2.OperationMetadata()
-                event.operation.metadata.Unpack(metadata)
-                name = model_pb2.OperationStage.Name(metadata.stage)
-                stages.append(name.removeprefix("OPERATION_STAGE_"))
-                assert operation is None or event.name == operation.name
-        expected = ["QUEUED", "PLANNING", "BUILDING", "ATTACHING", "COPYING"]
-        assert [each for each in dict.fromkeys(stages) if each in expected] == expected
-        revisions = [each.revision for each in events if each.type == 3]
-        assert revisions == sorted(set(revisions))
-        stream.cancel()
-        await until(lambda: api.stage.node._hub.watchers == 0)
-
-    play(tmp_path, scenario, "prose")
-
-
-def test_each_swaps_ledger_is_an_event_with_its_phases(tmp_path: Path) -> None:
-    async def scenario(api: Api) -> None:
-        await api.wait(await api.model("LoadModel", model="prose"))
-        watching = api.channel.unary_stream(
-            "/hotbay.v1.WatchService/Watch",
-            request_serializer=watch_pb2.WatchRequest.SerializeToString,
-            response_deserializer=watch_pb2.WatchEvent.FromString,
-        )
-        stream = watching(watch_pb2.WatchRequest(kinds=["operation"]))
-        async for event in stream:
-            if event.type == watch_pb2.EVENT_TYPE_SYNCED:
-                break
-        for outgoing, incoming in (("prose", "code"), ("code", "prose")):
-            begun = await api.model("SwapModel", outgoing=outgoing, incoming=incoming)
-            async for event in stream:
-                if event.operation.done:
-                    break
-            assert event.name == begun.name
-            metadata = model_pb2.OperationMetadata()
-            assert event.operation.metadata.Unpack(metadata)
-            told = {phase.name: phase.duration_ms for phase in metadata.ledger.phases}
-            assert told.keys() == {"drain", "evict", "link_wait", "copy", "verify"}
-            assert (told["copy"], metadata.ledger.total_ms) == (2.0, 3.0)
-            assert metadata.ledger.predicted_ms == metadata.plan.predicted_ms > 0
-        stream.cancel()
-
-    play(tmp_path, scenario, "prose", "code")
-
-
 def test_health_and_reflection(tmp_path: Path) -> None:
     async def scenario(api: Api) -> None:
         health = health_pb2_grpc.HealthStub(api.channel)
@@ -438,49 +321,6 @@ def test_health_and_reflection(tmp_path: Path) -> None:
         assert any(message.name == "ErrorInfo" for file in files for message in file.message_type)
 
     play(tmp_path, scenario)
-
-
-def test_metrics_are_answered_over_the_gateways_link(tmp_path: Path) -> None:
-    async def scenario(api: Api) -> None:
-        await api.wait(await api.model("LoadModel", model="prose"))
-        text = await api.stage.node.metrics()
-        assert 'hotbay_swaps_total{outcome="committed"} 1.0' in text
-        for phase in ("drain", "evict", "park", "link_wait", "copy", "verify", "total"):
-            assert f'hotbay_swap_phase_seconds_count{{phase="{phase}"}} 1.0' in text
-        assert 'hotbay_operations_total{cause="api",kind="load",outcome="OK"} 1.0' in text
-        assert 'hotbay_engine_running{model="prose@1",partition="gpu0"} 0.0' in text
-        assert 'hotbay_worker_up{partition="gpu0"} 1.0' in text
-        assert "hotbay_host_store_bytes" in text
-
-    play(tmp_path, scenario, "prose")
-
-
-def test_every_phase_of_a_swap_is_in_the_histogram(tmp_path: Path) -> None:
-    ledger = Ledger(
-        drain_ms=1.0,
-        evict_ms=2.0,
-        park_ms=4.0,
-        unpark_ms=8.0,
-        link_wait_ms=16.0,
-        copy_ms=32.0,
-        verify_ms=64.0,
-        canary_ms=512.0,
-        total_ms=128.0,
-        first_token_ms=256.0,
-    )
-
-    async def scenario(api: Api) -> None:
-        metrics = api.stage.node._metrics
-        metrics.exchanged(ExchangeResult("operations/1", "code@1", "prose@1", ledger=ledger))
-        text = metrics.text()
-        told = {field: getattr(ledger, field) for field in ledger.__struct_fields__}
-        phases = {name[:-3]: told[name] for name in told if name.endswith("_ms")}
-        assert len(phases) == 10
-        for phase, milliseconds in phases.items():
-            labels = f'hotbay_swap_phase_seconds_sum{{phase="{phase}"}}'
-            assert f"{labels} {milliseconds / 1000}" in text
-
-    play(tmp_path, scenario, "prose")
 
 
 def test_every_reason_has_its_code() -> None:
