@@ -188,9 +188,11 @@ def _extend(
         counts[place.profile] -= 1
 
 
-def maximal_layouts(geometry: Geometry) -> Iterator[tuple[Instance, ...]]:
-    """The legal layouts to which no instance can be added."""
-    for layout in legal_layouts(geometry):
+def maximal_layouts(
+    geometry: Geometry, fixed: Iterable[Instance] = ()
+) -> Iterator[tuple[Instance, ...]]:
+    """The legal layouts that contain `fixed` and to which no instance can be added."""
+    for layout in legal_layouts(geometry, fixed):
         if not any(geometry.fits(layout, place) for place in geometry.placements):
             yield layout
 
