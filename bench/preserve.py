@@ -37,6 +37,7 @@ from engine.link import control
 from engine.link.control import InFlight
 from engine.models.spec import ModelSpec
 from engine.worker.measures import kv_pages_min
+from engine.worker.options import STEP_TOKENS
 
 GROWTH_TOKENS = 256
 """What each request may grow by meanwhile, and still have room."""
@@ -130,7 +131,7 @@ async def start(
     page_bytes = setting.page_bytes if setting else 2 * MIB
     manifest = models[0].manifest
     spec = control.EngineSpec("", "", scale.kv_tokens, 1, 1)
-    kv_pages = kv_pages_min(spec, manifest, page_bytes)
+    kv_pages = kv_pages_min(spec, manifest, page_bytes, STEP_TOKENS)
     pages = -(-manifest.weights_bytes // page_bytes) + kv_pages
     memory_bytes = (pages + (kv_pages if way.roomy else 0)) * page_bytes
     options = ("--parking-bytes", str(scale.parking_bytes), "--stage-timeout-s", "120")

@@ -241,6 +241,7 @@ class Builder:
             weights_bytes=device_bytes(found.layout),
             kv_bytes_per_token=found.spec.kv_bytes_per_token(found.layout.dtype),
             key=found.identity.key,
+            kv_window_tokens=found.spec.window_tokens,
         )
 
     def _tell(self, done: int, total: int) -> None:

@@ -26,6 +26,7 @@ from engine.flight import Flight
 from engine.graphs import Graphs
 from engine.kv_layout import KvLayout
 from engine.kv_space import KvSpace
+from engine.kv_window import KvWindow
 from engine.limits import EngineLimits
 from engine.link.tokens import Output, Sampling
 from engine.models.decoder import Decoder, Gate, OpenGate, Weights
@@ -70,12 +71,14 @@ class Engine:
         self.spec = spec
         self.limits = limits
         self.layout = KvLayout.choose(spec, dtype, kv.page_bytes)
-        self.layout.require_room(limits.context_tokens, kv.pages_max)
+        window = KvWindow(spec.window_tokens, limits.step_tokens, self.layout.block_tokens)
+        blocks = window.blocks_for(limits.context_tokens)
+        self.layout.require_room(limits.context_tokens, blocks, kv.pages_max)
         self._pool = BlockPool(kv, self.layout.blocks_per_page)
         keys = None
         if limits.prefix_cache:
             keys = PrefixKeys(secrets.token_bytes(SECRET_BYTES), self.layout.block_tokens)
-        self._scheduler = Scheduler(limits, self._pool, self.layout.block_tokens, keys)
+        self._scheduler = Scheduler(limits, self._pool, window, keys)
         self._filling = Filling(self._scheduler, BlockCopies(self.layout, kv.memory()))
         self._clock = clock
         self._stepper = make_stepper(spec, self.layout, kv.memory(), limits, graphs)
@@ -241,7 +244,7 @@ class Engine:
     def forget_parked(self) -> None:
         """Give up all KV in host memory."""
         for request in self._answers:
-            request.forget_kv()
+            self._scheduler.forget_parked(request)
 
     def resume(self, weights: Weights, gate: Gate | None = None) -> None:
         """Go on with `weights`, each layer of which is used only once `gate` lets it.
@@ -292,7 +295,9 @@ class Engine:
             self._land(gone=plan.exhausted)
         lost = self._filling.fill()
         for request in plan.exhausted:
-            self._answers.end_dropped(request, no_room(len(request.tokens), self.layout))
+            tokens = len(request.tokens)
+            blocks = self._scheduler.window.blocks_for(tokens)
+            self._answers.end_dropped(request, no_room(tokens, blocks * self.layout.block_bytes))
         # Chunks of one shape lie side by side, so that they can be computed as one.
         planned = [one for one in plan.chunks if one.request not in lost]
         chunks = sorted((one for one in planned if self._answers.is_open(one.request)), key=_shape)

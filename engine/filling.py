@@ -52,8 +52,7 @@ class Filling:
             request.restore_kv()
         except Exception:
             log.exception("KV of request %d is computed again: bringing it back", request.id)
-            request.forget_kv()
-            self._scheduler.preempt(request)
+            self._scheduler.forget_parked(request)
             return False
         finally:
             self.unparked_s += time.monotonic() - started

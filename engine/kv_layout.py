@@ -85,11 +85,16 @@ class KvLayout:
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens of one sequence."""
-        return -(-self.blocks_for(tokens) // self.blocks_per_page)
+        return self.pages_of(self.blocks_for(tokens))
 
-    def require_room(self, context_tokens: int, pages_max: int) -> None:
-        """Raise KvTooSmall when `pages_max` pages do not hold one sequence of `context_tokens`."""
-        needed = self.pages_for(context_tokens)
+    def pages_of(self, blocks: int) -> int:
+        """Pages that have so many blocks."""
+        return -(-blocks // self.blocks_per_page)
+
+    def require_room(self, context_tokens: int, blocks: int, pages_max: int) -> None:
+        """Raise KvTooSmall when `pages_max` pages have not the `blocks` that one sequence of
+        `context_tokens` holds at once."""
+        needed = self.pages_of(blocks)
         if needed > pages_max:
             raise KvTooSmall(
                 f"the KV of {context_tokens} tokens takes {needed} pages of {self.page_bytes} "

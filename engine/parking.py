@@ -127,9 +127,9 @@ class Vacating:
     def _set_aside(self, scheduler: Scheduler, first: int) -> None:
         layout, short = self._lane.layout, False
         for request in list(scheduler.running):  # best rank first
-            if max(request.blocks) < first:
+            if max(request.held, default=-1) < first:
                 continue
-            count = layout.blocks_for(request.computed)
+            count = layout.blocks_for(request.computed) - request.unseen
             pieces = None if short or not count else self._lane.area.take(count, layout.block_bytes)
             if pieces is None:
                 # Whoever ranks lower is not served in its place.

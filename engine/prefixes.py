@@ -4,7 +4,8 @@ Owns the search for blocks that hold a request's first tokens, the naming of blo
 computed, and the knowledge of who is just computing what. It never frees or takes a block and never
 imports torch. Full blocks are shared as they are, since nobody writes to them again. The block that
 a prompt ends in is copied, because everyone goes on writing to it: of several samples of one prompt
-the others compute its last token alone. A request whose next block is being computed by one of
+the others compute its last token alone. Where layers see no farther than a window, a run of blocks
+is as good without those that lie before it. A request whose next block is being computed by one of
 better rank waits for that rather than compute it too. Invariants: the last token of a request is
 never taken from the cache, because its successor is drawn from it; requests find only what was
 computed for the same salt.
@@ -12,19 +13,25 @@ computed for the same salt.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from engine.block_pool import BlockPool
+from engine.kv_window import UNSEEN, KvWindow
 from engine.prefix_keys import PrefixKeys
 from engine.request import Request
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What was found of a request's tokens; `blocks` and `source` are held once for it."""
+    """What was found of a request's tokens; `blocks`, behind the first `unseen`, and `source` are
+    held once for it."""
 
     blocks: tuple[int, ...] = ()
     """Its first blocks, to be shared."""
+    unseen: int = 0
+    """Of these, how many are not needed, since nothing that is still to be computed sees them; they
+    need not be there."""
     source: int | None = None
     """A block that is to be copied to the one behind them."""
     tokens: int = 0
@@ -35,7 +42,7 @@ class Match:
         """All blocks held, the last of the sequence first: what is given back first is forgotten
         first."""
         source = () if self.source is None else (self.source,)
-        return (*source, *reversed(self.blocks))
+        return (*source, *reversed(self.blocks[self.unseen :]))
 
 
 NOTHING = Match()
@@ -44,14 +51,15 @@ NOTHING = Match()
 class Prefixes:
     """The prefix cache of one engine, over its pool; `keys` is None where it has none."""
 
-    def __init__(self, pool: BlockPool, keys: PrefixKeys | None, block_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, keys: PrefixKeys | None, window: KvWindow) -> None:
         self.lookup_tokens = 0
         """Of prompts that were looked for."""
         self.hit_tokens = 0
         """Of those, what was found."""
         self._pool = pool
         self._keys = keys
-        self._block_tokens = block_tokens
+        self._window = window
+        self._block_tokens = window.block_tokens
         self._computing: dict[bytes, Request] = {}
 
     def match(self, request: Request) -> Match | None:
@@ -63,12 +71,7 @@ class Prefixes:
         wanted = len(request.tokens) - 1
         full = wanted // self._block_tokens
         self._keys.extend(request.keys, request.cache_salt, request.tokens, full)
-        blocks = []
-        for key in request.keys[:full]:
-            block = self._pool.find(key)
-            if block is None:
-                break
-            blocks.append(block)
+        blocks, unseen = self._find_blocks(request.keys[:full])
         source, tokens = None, len(blocks) * self._block_tokens
         missing = self._tail_key(request) if len(blocks) == full else request.keys[len(blocks)]
         if missing is not None:
@@ -79,15 +82,31 @@ class Prefixes:
                 other = self._computing.get(missing)
                 if other is not None and other.rank < request.rank:
                     return None
-        found = Match(tuple(blocks), source, tokens)
+        found = Match(blocks, unseen, source, tokens)
         self._pool.share(found.held)
         return found
+
+    def _find_blocks(self, keys: Sequence[bytes]) -> tuple[tuple[int, ...], int]:
+        """The longest run of first blocks, of which those that are still seen must be there, and
+        how many first ones are not seen."""
+        blocks: list[int] = []
+        gap, longest = 0, 0
+        for index, key in enumerate(keys):
+            block = self._pool.find(key)
+            if block is None:
+                gap = index + 1
+                if not self._window.tokens:
+                    break
+            blocks.append(UNSEEN if block is None else block)
+            if gap <= self._window.unseen((index + 1) * self._block_tokens):
+                longest = index + 1
+        return tuple(blocks[:longest]), self._window.unseen(longest * self._block_tokens)
 
     def without_source(self, found: Match) -> Match:
         """The same, but for the block to be copied."""
         assert found.source is not None
         self._pool.give_back((found.source,))
-        return Match(found.blocks, tokens=len(found.blocks) * self._block_tokens)
+        return replace(found, source=None, tokens=len(found.blocks) * self._block_tokens)
 
     def admitted(self, request: Request, found: Match) -> None:
         """A request runs now with what was found, and computes the rest."""

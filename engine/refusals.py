@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.kv_layout import KvLayout
 from engine.limits import EngineLimits
 from engine.link.tokens import Sampling
 from engine.models.spec import ModelSpec
@@ -34,9 +33,8 @@ def refusal(
     return ""
 
 
-def no_room(tokens: int, layout: KvLayout) -> str:
+def no_room(tokens: int, needed_bytes: int) -> str:
     """Why a request of `tokens` tokens ends, for which there are no blocks."""
-    needed_bytes = layout.blocks_for(tokens) * layout.block_bytes
     return (
         f"no KV memory is left to run it: its {tokens} tokens take {needed_bytes} bytes, and other "
         "models have what is not this one's: send it again later, or shorten it"

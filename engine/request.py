@@ -1,9 +1,10 @@
 """One request inside an engine: its tokens, how far they are computed, and the blocks it holds.
 
 Owns the state of a request and nothing that decides about it. Invariant: the first `computed`
-tokens have their KV in `blocks`; all others are still to be computed, and one more token can be
-drawn once none is. While `parked` is set their KV is in host memory instead, and `blocks`, if there
-are any, are to be filled from there first; while `source` is set, part of it is in that block.
+tokens have their KV in `blocks`, but for those that nobody sees any more, whose blocks are given
+back; all others are still to be computed, and one more token can be drawn once none is. While
+`parked` is set their KV is in host memory instead, and `blocks`, if there are any, are to be filled
+from there first; while `source` is set, part of it is in that block.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class Request:
     """Tokens that end it, end-of-sequence included unless it is to be ignored."""
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    """The table of its blocks, in which UNSEEN stands for each of the first `unseen`."""
+    unseen: int = 0
+    """Blocks of its first computed tokens that were given back, or never taken, because no token to
+    come sees them; kept with `computed` while its KV is parked."""
     parked: Parked | None = None
     counted: bool = False
     """Whether its prompt is in the statistics: preempted requests compute theirs again."""
@@ -76,14 +81,21 @@ class Request:
         if self.parked is not None:
             self.parked.release()
             self.parked = None
-            self.computed = 0
+            # Its table must not have gaps when it is computed from the beginning.
+            assert not self.blocks, "a request that holds blocks is to be preempted first"
+            self.computed = self.unseen = 0
 
     def restore_kv(self) -> None:
         """Bring what is parked into its blocks."""
         if self.parked is not None:
-            self.parked.restore(self.blocks)
+            self.parked.restore(self.held)
             self.parked.release()
             self.parked = None
+
+    @property
+    def held(self) -> list[int]:
+        """The blocks that it holds."""
+        return self.blocks[self.unseen :]
 
     @property
     def rank(self) -> tuple[float, int]:

@@ -5,12 +5,14 @@ token. One token budget covers decodes and prompt chunks alike; decodes come fir
 in order of rank (priority, then arrival). When blocks run out, the newest request of the lowest
 priority goes back to waiting with its tokens and computes them again later. A request whose KV is
 parked waits like any other, and has it brought back when it is given blocks. What the cache of
-prefixes has of a request's tokens is not computed again.
+prefixes has of a request's tokens is not computed again. Blocks that no layer sees any more are
+given back as a request goes on (see `engine.kv_window`).
 
-Invariants: a request is waiting, or running with blocks for all of its tokens, or gone with none;
-a step never exceeds its budget; the waiting request of the best rank is never overtaken, and ranks
-never change, so that nobody starves: a request waits for those in front of it, and for those of
-better classes that arrive within CLASS_S for each class between them.
+Invariants: a request is waiting, or running with the blocks that its window wants, which are all
+of its own where there is none, or gone with none; a step never exceeds its budget; the waiting
+request of the best rank is never overtaken, and ranks never change, so that nobody starves: a
+request waits for those in front of it, and for those of better classes that arrive within CLASS_S
+for each class between them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
+from engine.kv_window import UNSEEN, KvWindow
 from engine.limits import EngineLimits
 from engine.prefix_keys import PrefixKeys
 from engine.prefixes import Prefixes
@@ -63,13 +66,13 @@ class Scheduler:
         self,
         limits: EngineLimits,
         pool: BlockPool,
-        block_tokens: int,
+        window: KvWindow,
         keys: PrefixKeys | None = None,
     ) -> None:
         self._limits = limits
         self._pool = pool
-        self._block_tokens = block_tokens
-        self.prefixes = Prefixes(pool, keys, block_tokens)
+        self.window = window
+        self.prefixes = Prefixes(pool, keys, window)
         self.running: list[Request] = []
         """Best rank first."""
         self.waiting: list[Request] = []
@@ -93,7 +96,7 @@ class Scheduler:
         _take_out(self.running, request)
         self.prefixes.stopped(request)
         self.filled(request)
-        blocks, request.blocks = request.blocks, []
+        blocks, request.blocks = request.held, []
         self.add(request)
         return blocks
 
@@ -103,6 +106,12 @@ class Scheduler:
         self._free(request)
         self.preemptions += 1
         self.add(request)
+
+    def forget_parked(self, request: Request) -> None:
+        """Have a request compute what is parked again, from the beginning."""
+        if request.parked is not None and request.blocks:
+            self.preempt(request)
+        request.forget_kv()
 
     def preempt_all(self) -> None:
         """Send every running request back to waiting, with the tokens it has so far."""
@@ -116,13 +125,20 @@ class Scheduler:
             request.source = None
 
     def advance(self, chunk: Chunk) -> None:
-        """Note that a chunk was computed."""
-        chunk.request.computed = chunk.end
-        self.prefixes.computed(chunk.request)
+        """Note that a chunk was computed, and give back the blocks that nobody sees any more."""
+        request = chunk.request
+        request.computed = chunk.end
+        self.prefixes.computed(request)
+        # A block is named before it is given back: those whose tokens are not all known are not.
+        unseen = self.window.unseen(min(request.computed, request.known_tokens))
+        if unseen > request.unseen:
+            self._pool.give_back(request.blocks[request.unseen : unseen])
+            request.blocks[request.unseen : unseen] = [UNSEEN] * (unseen - request.unseen)
+            request.unseen = unseen
 
     def schedule(self) -> StepPlan:
         """Plan the next step. Blocks for it are held when this returns."""
-        exhausted = self._make_room_for_decodes()
+        exhausted = self._make_room_to_go_on()
         self._admit()
         if self.waiting and not self.running:
             # Nothing will fall free by itself, so waiting would be for ever.
@@ -137,12 +153,14 @@ class Scheduler:
                 budget -= count
         return StepPlan(tuple(chunks), tuple(exhausted))
 
-    def _make_room_for_decodes(self) -> list[Request]:
-        """Give a block to every request whose next token starts one, preempting where needed."""
+    def _make_room_to_go_on(self) -> list[Request]:
+        """Give every request the blocks of the tokens to come that it lacks, which is one where the
+        next token starts it, preempting where needed."""
         exhausted = []
         for request in list(self.running):
-            if request.blocks and len(request.tokens) > len(request.blocks) * self._block_tokens:
-                while (fresh := self._pool.take(1)) is None:
+            wanted = self.window.wanted(len(request.tokens), request.unseen)
+            if request.blocks and wanted > len(request.blocks):
+                while (fresh := self._pool.take(wanted - len(request.blocks))) is None:
                     victim = self.running[-1]
                     if len(self.running) == 1:
                         # Nobody is left to make room, so waiting would not help either.
@@ -171,7 +189,9 @@ class Scheduler:
             found = self.prefixes.match(request)
             if found is None:
                 return
-            needed = -(-len(request.tokens) // self._block_tokens) - len(found.blocks)
+            unseen = request.unseen if request.parked is not None else found.unseen
+            wanted = self.window.wanted(len(request.tokens), unseen)
+            needed = wanted - max(unseen, len(found.blocks))
             clear = self._clear_way(request, needed)
             if not clear and found.source is not None:
                 # The block to copy from is one more than it would need otherwise.
@@ -183,7 +203,8 @@ class Scheduler:
             blocks = self._pool.take(needed)
             assert blocks is not None, "blocks were provided a moment ago"
             del self.waiting[0]
-            request.blocks = [*found.blocks, *blocks]
+            request.unseen = unseen
+            request.blocks = [*([UNSEEN] * unseen), *found.blocks[unseen:], *blocks]
             self.prefixes.admitted(request, found)
             bisect.insort(self.running, request, key=_rank)
 
@@ -204,7 +225,7 @@ class Scheduler:
             rest = len(self.running) - victims
             if victims:
                 # What victims alone hold is free after them, and need not be provided beforehand.
-                for block in lower[-victims].blocks:
+                for block in lower[-victims].held:
                     holds[block] += 1
                     freed += holds[block] == self._pool.holds(block)
             if rest < self._limits.running_requests_max and self._pool.provide(
@@ -219,11 +240,11 @@ class Scheduler:
         self.prefixes.stopped(request)
         self.filled(request)
         # Backwards, since without its first blocks nothing finds the later ones.
-        self._pool.give_back(reversed(request.blocks))
+        self._pool.give_back(reversed(request.held))
         request.blocks = []
         request.named = 0
         if request.parked is None:
-            request.computed = 0
+            request.computed = request.unseen = 0
 
 
 def _rank(request: Request) -> tuple[float, int]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, cast
 
 from engine.errors import ArchitectureUnsupported, CheckpointInvalid
 from engine.models.fields import Fields
+from engine.models.windows import read_windows
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -26,8 +27,6 @@ ARCHITECTURES: Mapping[str, Family] = {
 }
 ROPE_TYPES = ("default", "llama3")
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-MISTRAL_WINDOW_TOKENS = 4096
-"""What an absent `sliding_window` means; null means none."""
 HEAD_DIM_MAX = 512
 LAYERS_MAX = 1024
 # Fields whose mere presence means another computation than the four families' own.
@@ -82,6 +81,23 @@ class ModelSpec:
     norm_epsilon: float
     rope: Rope
     eos_token_ids: tuple[int, ...]
+    windows: tuple[int, ...] = ()
+    """Tokens that a query of each layer sees, its own included; 0 is all of them. Empty where every
+    layer sees all."""
+
+    @property
+    def window_tokens(self) -> int:
+        """How far back any layer looks; 0 is to the beginning."""
+        return max(self.windows) if self.windows and all(self.windows) else 0
+
+    def window_of(self, layer: int) -> int:
+        """Tokens that a query of a layer sees; 0 is all of them."""
+        return self.windows[layer] if self.windows else 0
+
+    @property
+    def windows_seen(self) -> tuple[int, ...]:
+        """The windows that layers have, each once: what a step is prepared for."""
+        return tuple(sorted(set(self.windows))) or (0,)
 
     @property
     def qkv_bias(self) -> bool:
@@ -125,9 +141,11 @@ class ModelSpec:
         family = _family(config)
         _refuse_unsupported(config, family)
         heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
-        spec = cls(
+        if config.integer("num_hidden_layers") > LAYERS_MAX:
+            raise config.invalid("num_hidden_layers", f"at most {LAYERS_MAX} are supported")
+        return cls(
             family=family,
-            layers=config.integer("num_hidden_layers"),
+            layers=(layers := config.integer("num_hidden_layers")),
             hidden=hidden,
             heads=heads,
             kv_heads=_kv_heads(config, heads, family),
@@ -141,15 +159,14 @@ class ModelSpec:
             # What generation_config says wins, as it does where the checkpoint was published from.
             eos_token_ids=generation.token_ids("eos_token_id", vocabulary)
             or config.token_ids("eos_token_id", vocabulary),
+            windows=read_windows(config, family, layers),
         )
-        if spec.layers > LAYERS_MAX:
-            raise config.invalid("num_hidden_layers", f"at most {LAYERS_MAX} are supported")
-        return spec
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for an image's manifest; `from_dict` reads them back."""
         values = asdict(self)
         values["eos_token_ids"] = list(self.eos_token_ids)
+        values["windows"] = list(self.windows)
         return values
 
     @classmethod
@@ -161,6 +178,7 @@ class ModelSpec:
             fields = dict(values)
             fields["rope"] = Rope(rope["theta"], Llama3Scaling(**scaling) if scaling else None)
             fields["eos_token_ids"] = tuple(values["eos_token_ids"])
+            fields["windows"] = tuple(values.get("windows", ()))
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise CheckpointInvalid(f"this is no model's shape: {error!r}") from error
@@ -203,17 +221,6 @@ def _refuse_unsupported(config: Fields, family: Family) -> None:
         raise refuse("hidden_act", f"only silu is supported, not {activation}")
     if config.number("partial_rotary_factor", 1.0) != 1.0:
         raise refuse("partial_rotary_factor", "only whole heads can be rotated")
-    if any(kind != "full_attention" for kind in config.texts("layer_types")):
-        raise refuse("layer_types", "only layers of full attention are supported")
-    # Qwen names a window that use_sliding_window turns on; a window no shorter than the context
-    # never hides anything.
-    windowed = config.boolean("use_sliding_window", False)
-    if family == "mistral":
-        windowed = config.values.get("sliding_window", MISTRAL_WINDOW_TOKENS) is not None
-    if windowed and family != "llama":
-        window = config.integer("sliding_window", MISTRAL_WINDOW_TOKENS)
-        if window < config.integer("max_position_embeddings"):
-            raise refuse("sliding_window", "attention within a window is not supported")
 
 
 def _kv_heads(config: Fields, heads: int, family: Family) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from engine.device_tensors import bytes_at
 from engine.kv_layout import KvLayout
+from engine.kv_window import KvWindow
 from engine.limits import EngineLimits
 from engine.link.control import WEIGHT_MAX, WEIGHT_MIN, EngineSpec
 from engine.models.spec import ModelSpec
@@ -18,10 +19,13 @@ from swap.arena import Region
 from swap.image import Manifest
 
 
-def kv_pages_min(spec: EngineSpec, manifest: Manifest, page_bytes: int) -> int:
-    """Pages of KV that one request of the longest length takes."""
-    layout = KvLayout.choose(ModelSpec.from_dict(manifest.model), manifest.dtype, page_bytes)
-    return layout.pages_for(spec.context_tokens)
+def kv_pages_min(spec: EngineSpec, manifest: Manifest, page_bytes: int, step_tokens: int) -> int:
+    """Pages of KV that one request of the longest length takes at once."""
+    model = ModelSpec.from_dict(manifest.model)
+    layout = KvLayout.choose(model, manifest.dtype, page_bytes)
+    computed = max(step_tokens, spec.running_requests_max)
+    window = KvWindow(model.window_tokens, computed, layout.block_tokens)
+    return layout.pages_of(window.blocks_for(spec.context_tokens))
 
 
 def weight_views(manifest: Manifest, region: Region) -> dict[str, torch.Tensor]:

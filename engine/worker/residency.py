@@ -57,7 +57,7 @@ class Residency:
         self.area = ParkingArea(parking_bytes)
         self.images: dict[str, Image] = {}
         self.residents: dict[str, Resident] = {}
-        self.room = Room(pool, self.residents)
+        self.room = Room(pool, self.residents, step_tokens)
         self.closing = False
         """The worker ends: no request is taken any more."""
         self.link: Link = link if link is not None else OwnLink()

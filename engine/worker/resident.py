@@ -71,7 +71,7 @@ class Resident:
         manifest = image.manifest
         limits = limits_of(spec, step_tokens, prefix_cache=prefix_cache, strict=strict)
         shape = ModelSpec.from_dict(manifest.model)
-        self.kv_pages_min = kv_pages_min(spec, manifest, pool.page_bytes)
+        self.kv_pages_min = kv_pages_min(spec, manifest, pool.page_bytes, step_tokens)
         self.weights = ResidentWeights(spec.model, image, pool)
         kv_bytes_max = pool.total_pages * pool.page_bytes
         self._kv = Region(pool, f"{spec.model} KV", kv_bytes_max, from_end=True)

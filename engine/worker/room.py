@@ -29,10 +29,12 @@ HELD_BACK = "held back for a rollback"
 
 
 class Room:
-    """The pages of one worker, over its table of residents. On the step thread only."""
+    """The pages of one worker, over its table of residents, whose steps compute at most
+    `step_tokens` tokens. On the step thread only."""
 
-    def __init__(self, pool: PagePool, residents: Mapping[str, Resident]) -> None:
+    def __init__(self, pool: PagePool, residents: Mapping[str, Resident], step_tokens: int) -> None:
         self.pool = pool
+        self._step_tokens = step_tokens
         self.mapper = Mapper()
         self._residents = residents
         self._held_back: tuple[int, ...] = ()
@@ -52,7 +54,7 @@ class Room:
         # What was drained, and not by an exchange, has its pages already.
         if spec is not None and (present is None or present.needs_pages):
             assert manifest is not None
-            pages = kv_pages_min(spec, manifest, self.pool.page_bytes)
+            pages = kv_pages_min(spec, manifest, self.pool.page_bytes, self._step_tokens)
             own = min(present.pages_kept, pages) if present is not None else 0
             self._release_cached(self.pool.pages_for(device_bytes(manifest)) + pages - own)
             incoming = IncomingModel(

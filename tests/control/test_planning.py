@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import msgspec
 import pytest
 
 from daemon.control.config import Worker
@@ -43,6 +44,18 @@ def test_a_model_takes_its_weights_and_the_kv_of_one_longest_request() -> None:
     # Whole pages for each: three for 5 MiB of weights, one for the KV.
     assert view("gpu0", 10).pages(found) == 4
     assert view("gpu0", 10, found).pages_free == 6
+
+
+def test_of_a_model_with_a_window_no_context_takes_more_than_it_sees() -> None:
+    facts = msgspec.structs.replace(FACTS, kv_window_tokens=512)
+    version = msgspec.structs.replace(VERSION, facts=facts)
+
+    def kv_bytes(**values: Any) -> int:
+        return resident(version, Worker(**values)).kv_bytes_min
+
+    assert kv_bytes(context_tokens_max=300) == 300 * 1024
+    assert kv_bytes() == kv_bytes(context_tokens_max=2048) == (512 + 512 + 64) * 1024
+    assert kv_bytes(step_tokens=16, running_requests_max=32) == (512 + 32 + 64) * 1024
 
 
 def test_unusable_versions_say_why() -> None:

@@ -54,7 +54,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-no-groups": ("llama", {"num_key_value_heads": 4}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 24}),
     "mistral-one-head": ("mistral", {"sliding_window": None, "num_key_value_heads": 1}),
+    "mistral-window": ("mistral", {"sliding_window": 20, "num_hidden_layers": 2}),
     "qwen2": ("qwen2", {}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 25, "max_window_layers": 1},
+    ),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "hidden_size": 40}),
     "qwen3": ("qwen3", {"head_dim": 20}),
     "qwen3-tied": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),

@@ -68,6 +68,20 @@ class Stage:
                 LAYERS, 2, layout.kv_heads, layout.head_dim, generator=_generator(length, token)
             )
 
+    def forget_before(self, firsts: Sequence[int]) -> Stage:
+        """The same, but that blocks before the token `firsts` of each sequence are another's by
+        now: their contents are NaN, and their places in the tables have block 0, which nobody has.
+        """
+        layout, other = self.layout, Stage(self.layout, self.heads, self.memory.clone(), [])
+        views = paged_views(layout, other.memory)
+        for table, first in zip(self.tables, firsts, strict=True):
+            unseen = max(0, first) // layout.block_tokens
+            for block in table[:unseen]:
+                page, inner = divmod(block, layout.blocks_per_page)
+                views[page, :, :, inner] = float("nan")
+            other.tables.append([0] * unseen + table[unseen:])
+        return other
+
     def queries(self, counts: Sequence[int]) -> torch.Tensor:
         """Queries for spans of `counts` tokens, a view with room between its tokens."""
         dim = self.layout.head_dim

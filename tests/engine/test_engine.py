@@ -73,7 +73,8 @@ def test_greedy_tokens_with_too_few_blocks(shape: str, checkpoint: Make) -> None
     made = checkpoint(shape)
     engine = crowded_engine(made)
     assert_greedy(engine, made, 24)
-    assert engine.statistics().preemptions_total > 0
+    # With a window, what requests give back as they go on is enough for the others.
+    assert (engine.statistics().preemptions_total > 0) == (made.spec.window_tokens == 0)
     assert engine.statistics().kv_bytes == 0
 
 

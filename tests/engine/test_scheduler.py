@@ -8,6 +8,7 @@ import pytest
 
 from engine.block_pool import BlockPool
 from engine.kv_space import PlainKvSpace
+from engine.kv_window import KvWindow
 from engine.limits import EngineLimits
 from engine.link.tokens import Sampling
 from engine.request import CLASS_S, Request
@@ -21,12 +22,20 @@ class Stage:
     """A scheduler with `blocks` blocks, and a model that always answers with token 0."""
 
     def __init__(
-        self, blocks: int, *, step_tokens: int = 16, running: int = 8, context: int = 64
+        self,
+        blocks: int,
+        *,
+        step_tokens: int = 16,
+        running: int = 8,
+        context: int = 64,
+        window: int = 0,
     ) -> None:
         self.space = PlainKvSpace(1 << 16, blocks // BLOCKS_PER_PAGE)
         self.pool = BlockPool(self.space, BLOCKS_PER_PAGE)
         self.limits = EngineLimits(context, running, 1000, step_tokens)
-        self.scheduler = Scheduler(self.limits, self.pool, BLOCK_TOKENS)
+        self.scheduler = Scheduler(
+            self.limits, self.pool, KvWindow(window, step_tokens, BLOCK_TOKENS)
+        )
         self.arrivals = 0
         self.finished: list[int] = []
 
@@ -55,7 +64,7 @@ class Stage:
             assert chunk.start == chunk.request.computed
         for chunk in plan.chunks:
             draws = chunk.draws
-            chunk.request.computed = chunk.end
+            self.scheduler.advance(chunk)
             if draws:
                 chunk.request.tokens.append(0)
                 if len(chunk.request.tokens) == chunk.request.tokens_max:
@@ -220,6 +229,34 @@ def test_pausing_keeps_tokens_and_order() -> None:
     assert counts(stage.step()) == {0: 9, 1: 9, 2: 9}
     stage.finish_all()
     assert stage.finished == [0, 1, 2]
+
+
+def test_a_window_bounds_what_a_request_of_any_length_holds() -> None:
+    """Ten times as long as memory: what is not seen any more goes, what is to come is not there."""
+    window, step_tokens = 10, 8
+    most = KvWindow(window, step_tokens, BLOCK_TOKENS).blocks_max
+    assert most == 6, "17 tokens, begun within a block"
+    stage = Stage(most, step_tokens=step_tokens, context=400, window=window)
+    request = stage.submit(200, output=100)
+    seen = set()
+    while stage.scheduler.running or stage.scheduler.waiting:
+        assert not stage.step().exhausted
+        held = stage.pool.used
+        assert held == len(request.held) <= most
+        assert not request.blocks or held * BLOCK_TOKENS >= min(request.computed, window - 1)
+        stage.pool.check()
+        seen.add(held)
+    assert max(seen) == most
+    assert (stage.finished, stage.scheduler.preemptions) == ([0], 0)
+
+
+def test_several_with_windows_in_little_memory_all_end() -> None:
+    stage = Stage(14, step_tokens=8, context=400, window=10)
+    for number in range(6):
+        stage.submit(30 + 7 * number, output=20, priority=number % 2)
+    stage.finish_all()
+    assert sorted(stage.finished) == list(range(6))
+    assert stage.pool.used == 0
 
 
 @pytest.mark.parametrize("field", ["context_tokens", "running_requests_max", "step_tokens"])

@@ -1,4 +1,4 @@
-"""100,000 seeded steps of the scheduler over a memory that only remembers what was written to it.
+"""200,000 seeded steps of the scheduler over a memory that only remembers what was written to it.
 
 In place of keys and values each slot has a number that stands for the salt and all tokens up to it.
 Before a chunk is computed, everything that its tokens look at must be there: so a block that was
@@ -13,6 +13,7 @@ import pytest
 
 from engine.block_pool import BlockPool
 from engine.kv_space import PlainKvSpace
+from engine.kv_window import KvWindow
 from engine.limits import EngineLimits
 from engine.link.tokens import Sampling
 from engine.prefix_keys import PrefixKeys
@@ -32,7 +33,7 @@ WAIT_STEPS_MAX = 2000
 class Life:
     """One engine's scheduler, and everything that happens around it, by seed."""
 
-    def __init__(self, seed: int, *, prefix_cache: bool) -> None:
+    def __init__(self, seed: int, *, prefix_cache: bool, windowed: bool) -> None:
         self.chance = random.Random(seed)
         blocks = self.chance.choice([18, 30, 60])
         step_tokens = self.chance.choice([8, 17, 64])
@@ -40,7 +41,9 @@ class Life:
         self.pool = BlockPool(self.space, BLOCKS_PER_PAGE)
         self.limits = EngineLimits(CONTEXT, 8, 1000, step_tokens)
         keys = PrefixKeys(b"secret", BLOCK_TOKENS) if prefix_cache else None
-        self.scheduler = Scheduler(self.limits, self.pool, BLOCK_TOKENS, keys)
+        self.window_tokens = self.chance.choice([1, 2, 5, 8, 19]) if windowed else 0
+        window = KvWindow(self.window_tokens, step_tokens, BLOCK_TOKENS)
+        self.scheduler = Scheduler(self.limits, self.pool, window, keys)
         self.memory: dict[int, int] = {}
         self.written: dict[int, list[int]] = {}
         """Of each request, the numbers of its tokens."""
@@ -135,7 +138,11 @@ class Life:
         assert chunk.start == request.computed
         assert len(request.blocks) * BLOCK_TOKENS >= chunk.end
         numbers = self.numbers(request)
-        for place in range(self.checked.get(request.id, 0), chunk.start):
+        first = self.checked.get(request.id, 0)
+        if self.window_tokens:
+            # All that is seen, each time: what has not been given back must not be another's.
+            first = max(0, chunk.start - self.window_tokens + 1)
+        for place in range(first, chunk.start):
             assert self.memory[self._slot(request, place)] == numbers[place], "wrong contents"
         for place in range(chunk.start, chunk.end):
             assert self.pool.holds(request.blocks[place // BLOCK_TOKENS]) == 1, "it is shared"
@@ -159,7 +166,10 @@ class Life:
         for queue in (scheduler.running, scheduler.waiting):
             ranks = [request.rank for request in queue]
             assert ranks == sorted(ranks)
-        held = [block for request in scheduler.running for block in request.blocks]
+        held = [block for request in scheduler.running for block in request.held]
+        for request in scheduler.running:
+            assert len(request.held) <= (scheduler.window.blocks_max or CONTEXT)
+            assert request.unseen == 0 or self.window_tokens
         assert len(set(held)) == self.pool.used
         if self.step % 50 == 0:
             self.pool.check()
@@ -167,10 +177,13 @@ class Life:
                 assert self.pool.holds(block) == held.count(block)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(20))
 def test_a_long_random_life(seed: int) -> None:
-    """Arrivals never end while it lasts, so that whoever could be passed over for ever would be."""
-    life = Life(seed, prefix_cache=seed % 5 != 4)
+    """Arrivals never end while it lasts, so that whoever could be passed over for ever would be.
+
+    The latter half of the seeds look back no farther than a window.
+    """
+    life = Life(seed, prefix_cache=seed % 5 != 4, windowed=seed >= 10)
     scheduler, chance = life.scheduler, life.chance
     for _ in range(10_000):
         if len(life.live) < LIVE_MAX and chance.random() < 0.4:

@@ -53,6 +53,12 @@ def test_what_transformers_writes_is_read_back(
     assert spec.tied == config.tie_word_embeddings
     assert spec.parameters == made.oracle.num_parameters()
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    window = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * spec.layers
+    slides = [kind == "sliding_attention" for kind in kinds]
+    assert [spec.window_of(layer) for layer in range(spec.layers)] == [
+        window * slide for slide in slides
+    ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -121,12 +127,30 @@ def test_windows_that_never_close_are_accepted(tmp_path: Path) -> None:
     assert read(tmp_path, **mistral, sliding_window=None).family == "mistral"
     assert read(tmp_path, **mistral, sliding_window=128).family == "mistral"
     assert read(tmp_path, **qwen2, sliding_window=16, use_sliding_window=False).qkv_bias
-    with pytest.raises(ArchitectureUnsupported, match="sliding_window"):
-        read(tmp_path, **mistral, sliding_window=127)
-    with pytest.raises(ArchitectureUnsupported, match="sliding_window"):
-        read(tmp_path, **mistral, max_position_embeddings=8192)  # absent means 4096
-    with pytest.raises(ArchitectureUnsupported, match="sliding_window"):
-        read(tmp_path, **qwen2, sliding_window=16, use_sliding_window=True)
+    assert read(tmp_path, **mistral, sliding_window=128).windows == ()
+    assert read(tmp_path, sliding_window=16, use_sliding_window=True).windows == (), "of a llama"
+
+
+def test_windows_by_layer(tmp_path: Path) -> None:
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    qwen2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 16}
+    qwen2["use_sliding_window"] = True
+    assert read(tmp_path, **mistral, sliding_window=127).windows == (127, 127)
+    assert read(tmp_path, **mistral, max_position_embeddings=8192).windows == (4096, 4096)
+    assert read(tmp_path, **qwen2).windows == (), "the first 28 layers see all"
+    mixed = read(tmp_path, **qwen2, max_window_layers=1)
+    assert (mixed.windows, mixed.window_tokens, mixed.windows_seen) == ((0, 16), 0, (0, 16))
+    every = read(tmp_path, **qwen2, max_window_layers=0)
+    assert (every.windows, every.window_tokens, every.windows_seen) == ((16, 16), 16, (16,))
+    kinds = ["sliding_attention", "full_attention"]
+    assert read(tmp_path, **qwen2, layer_types=kinds).windows == (16, 0), "what is named wins"
+    with pytest.raises(CheckpointInvalid, match="each of 2 layers"):
+        read(tmp_path, **qwen2, layer_types=kinds[:1])
+    for config in (mistral | {"sliding_window": 16}, qwen2 | {"use_sliding_window": False}):
+        with pytest.raises(ArchitectureUnsupported, match="layer_types is"):
+            read(tmp_path, **config, layer_types=kinds)
+    with pytest.raises(ArchitectureUnsupported, match="chunked"):
+        read(tmp_path, **qwen2, layer_types=["chunked_attention"] * 2)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ from engine.link.control import InFlight
 from swap.errors import InsufficientDeviceMemory
 from swap.plan import IncomingModel, Partition, ResidentModel, plan_swap
 
+WINDOW_ROUNDING_TOKENS = 64
+"""A window and a step begin and end within blocks, which have 32 tokens at most."""
+
 
 @dataclass(frozen=True)
 class Resident:
@@ -80,6 +83,15 @@ def context_tokens(facts: Facts, worker: Worker) -> int:
     return min(facts.context_tokens, worker.context_tokens_max)
 
 
+def kv_tokens(facts: Facts, worker: Worker) -> int:
+    """Tokens of the longest request whose KV is on the device at once, as a worker counts them."""
+    tokens = context_tokens(facts, worker)
+    if facts.kv_window_tokens:
+        step_tokens = max(worker.step_tokens, worker.running_requests_max)
+        tokens = min(tokens, facts.kv_window_tokens + step_tokens + WINDOW_ROUNDING_TOKENS)
+    return tokens
+
+
 def facts_of(version: Version) -> Facts:
     """A usable version's facts. Raises Failed with the reason why it is not usable."""
     if version.facts is None or version.failure is not None:
@@ -91,7 +103,7 @@ def facts_of(version: Version) -> Facts:
 def resident(version: Version, worker: Worker, copy_bytes: int | None = None) -> Resident:
     """A version as something that takes device memory. Raises Failed for an unusable one."""
     facts = facts_of(version)
-    kv_bytes = context_tokens(facts, worker) * facts.kv_bytes_per_token
+    kv_bytes = kv_tokens(facts, worker) * facts.kv_bytes_per_token
     return Resident(version.key, facts.weights_bytes, kv_bytes, copy_bytes)
 
 

@@ -34,6 +34,7 @@ class Facts(msgspec.Struct, frozen=True):
     segment_bytes: int
     weights_bytes: int
     kv_bytes_per_token: int
+    kv_window_tokens: int = 0
 
 
 class CanaryPrompt(msgspec.Struct, frozen=True):

@@ -2,13 +2,13 @@
 
 Owns how a step's spans are grouped and computed: no loop goes over tokens, and one over groups of
 sequences, padded to one shape, is all there is besides the layers. Keys and values are gathered
-from their pages by one index each. Invariant: slots that were never written have weight zero and
-hold finite numbers, so they change nothing.
+from their pages by one index each, from the first block on that a window shows. Invariant: slots
+that were never written have weight zero and hold finite numbers, so they change nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,21 +51,31 @@ class Plan:
 
     angles: Angles
     write: torch.Tensor
-    groups: tuple[Group, ...]
+    groups: Mapping[int, tuple[Group, ...]]
+    """By the window of the layers that they are for."""
 
 
 def make_groups(
-    kv: PagedKv, spans: Sequence[Span], dtype: torch.dtype, *, padding_max: float = PADDING_MAX
+    kv: PagedKv,
+    spans: Sequence[Span],
+    dtype: torch.dtype,
+    *,
+    window_tokens: int = 0,
+    padding_max: float = PADDING_MAX,
 ) -> tuple[Group, ...]:
     """Group spans that lie one after the other in the step's tokens (see `group_runs`)."""
     slots = kv.layout.block_tokens
-    shapes = [(span.count, -(-(span.start + span.count) // slots)) for span in spans]
+    seen = [_first_seen(span, window_tokens, slots) for span in spans]
+    shapes = [
+        (span.count, -(-(span.start + span.count) // slots) - first)
+        for span, first in zip(spans, seen, strict=True)
+    ]
     groups = []
     first_token = 0
     keys_bytes = kv.layout.kv_heads * kv.layout.tile_elements * kv.layout.item_bytes
     for run in group_runs(shapes, keys_bytes, padding_max):
         members = spans[run]
-        group = _group(kv, members, shapes[run], first_token, dtype)
+        group = _group(kv, members, seen[run], shapes[run], first_token, dtype, window_tokens)
         groups.append(group)
         first_token = group.tokens.stop
     return tuple(groups)
@@ -79,7 +89,7 @@ def write_index(kv: PagedKv, spans: Sequence[Span], positions: Index) -> torch.T
         blocks = np.array([span.blocks[span.start // slots] for span in spans], dtype=np.int64)
         return kv.write_index(blocks, positions % slots)
     longest = max(-(-(span.start + span.count) // slots) for span in spans)
-    tables = _tables(spans, slots, longest)
+    tables = _tables(spans, [0] * len(spans), slots, longest)
     sequence = np.repeat(np.arange(len(spans)), counts)
     return kv.write_index(tables[sequence, positions // slots], positions % slots)
 
@@ -103,10 +113,10 @@ class Gathering:
         self._scale = kv.layout.head_dim**-0.5
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def attend(self, layer: int, queries: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def attend(self, layer: int, queries: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
         """[tokens, heads, head_dim] to [tokens, heads * head_dim]."""
         parts = []
-        for group in plan.groups:
+        for group in groups:
             keys, values = self._gather(layer, group)
             own = queries[group.tokens]
             compute = self._decode if group.queries == 1 else self._prefill
@@ -162,9 +172,11 @@ class Gathering:
 def _group(
     kv: PagedKv,
     spans: Sequence[Span],
+    seen: Sequence[int],
     shapes: Sequence[tuple[int, int]],
     first_token: int,
     dtype: torch.dtype,
+    window_tokens: int,
 ) -> Group:
     counts = np.array([span.count for span in spans])
     starts = np.array([span.start for span in spans])
@@ -172,7 +184,11 @@ def _group(
     slots = blocks * kv.layout.block_tokens
     # A padded query looks where the last real one does; its result is dropped.
     offsets = np.minimum(np.arange(queries), counts[:, None] - 1)
-    hidden = np.arange(slots) > (starts[:, None] + offsets)[:, :, None]
+    keys = np.arange(slots) + np.array(seen)[:, None, None] * kv.layout.block_tokens
+    positions = (starts[:, None] + offsets)[:, :, None]
+    hidden = keys > positions
+    if window_tokens:
+        hidden |= keys <= positions - window_tokens
     mask = torch.zeros(hidden.shape, dtype=dtype)
     mask.masked_fill_(torch.from_numpy(hidden), float("-inf"))
     if queries == 1:
@@ -188,22 +204,27 @@ def _group(
         sequences=len(spans),
         queries=queries,
         slots=slots,
-        gather=kv.gather_index(_tables(spans, kv.layout.block_tokens, blocks)),
+        gather=kv.gather_index(_tables(spans, seen, kv.layout.block_tokens, blocks)),
         mask=placed(mask, kv.device),
         padded=padded,
         unpadded=unpadded,
     )
 
 
-def _tables(spans: Sequence[Span], slots: int, blocks: int) -> Index:
-    """Block tables padded to `blocks` with each sequence's own first block.
+def _first_seen(span: Span, window_tokens: int, slots: int) -> int:
+    """The first block that any token of a span sees."""
+    return max(0, span.start - window_tokens + 1) // slots if window_tokens else 0
+
+
+def _tables(spans: Sequence[Span], seen: Sequence[int], slots: int, blocks: int) -> Index:
+    """Block tables from the blocks `seen` on, padded to `blocks` with the first of these.
 
     A table may go on beyond what the span reaches, with blocks that nothing was written to yet:
     they are left out.
     """
     tables = np.empty((len(spans), blocks), dtype=np.int64)
-    for row, span in zip(tables, spans, strict=True):
-        own = span.blocks[: -(-(span.start + span.count) // slots)]
+    for row, span, first in zip(tables, spans, seen, strict=True):
+        own = span.blocks[first : -(-(span.start + span.count) // slots)]
         row[: len(own)] = own
         row[len(own) :] = own[0]
     return tables

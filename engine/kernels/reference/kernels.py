@@ -50,7 +50,16 @@ class ReferenceKernels:
         return Plan(
             angles=angles(placed(positions, self._device), self._frequencies, self._dtype),
             write=write_index(self._kv, spans, positions.numpy()),
-            groups=make_groups(self._kv, spans, self._dtype, padding_max=self._padding_max),
+            groups={
+                window: make_groups(
+                    self._kv,
+                    spans,
+                    self._dtype,
+                    window_tokens=window,
+                    padding_max=self._padding_max,
+                )
+                for window in self._spec.windows_seen
+            },
         )
 
     def linear(
@@ -85,4 +94,4 @@ class ReferenceKernels:
         return turned[:, : spec.heads]
 
     def attend(self, layer: int, queries: torch.Tensor, plan: Plan) -> torch.Tensor:
-        return self._attention.attend(layer, queries, plan)
+        return self._attention.attend(layer, queries, plan.groups[self._spec.window_of(layer)])

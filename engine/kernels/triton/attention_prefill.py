@@ -102,8 +102,10 @@ def attention_prefill_kernel(
     # Rows of no token look where the last one does: they would see nothing and divide by it.
     position = tl.minimum(start + first + token, end - 1)
     seen = 0
+    oldest = 0
     if WINDOW > 0:
-        seen = tl.maximum(start + first - WINDOW + 1, 0) // TILE * TILE
+        oldest = tl.maximum(start + first - WINDOW + 1, 0)
+        seen = oldest // TILE * TILE
     # Up to here every token of the tile sees all keys of a tile.
     clear = (start + first + 1) // TILE * TILE
     if WINDOW > 0:
@@ -115,12 +117,12 @@ def attention_prefill_kernel(
     values = tl.zeros([ROWS, COLUMNS], tl.float32)
     if WINDOW == 0:
         peak, weight, values = _attend(
-            peak, weight, values, query, position, seen, clear, memory, keys_at, values_at,
+            peak, weight, values, query, position, oldest, seen, clear, memory, keys_at, values_at,
             page_stride, blocks_per_page, table, kv_heads, score_scale,
             DIM, COLUMNS, BLOCK_TOKENS, TILE, WINDOW, False, WIDEN,
         )  # fmt: skip
     peak, weight, values = _attend(
-        peak, weight, values, query, position, clear, end, memory, keys_at, values_at,
+        peak, weight, values, query, position, oldest, clear, end, memory, keys_at, values_at,
         page_stride, blocks_per_page, table, kv_heads, score_scale,
         DIM, COLUMNS, BLOCK_TOKENS, TILE, WINDOW, True, WIDEN,
     )  # fmt: skip
@@ -137,6 +139,7 @@ def _attend(
     total,
     query,
     position,
+    oldest,
     begin,
     end,
     memory,
@@ -155,7 +158,8 @@ def _attend(
     MASKED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Go on through the keys from `begin`, a multiple of TILE, to `end`."""
+    """Go on through the keys from `begin`, a multiple of TILE, to `end`. Those before `oldest` may
+    be in blocks of others by now, and are not read."""
     column = tl.arange(0, COLUMNS)
     # The table is read a tile ahead, or keys would wait for two reads in a row.
     token = begin + tl.arange(0, TILE)
@@ -165,6 +169,8 @@ def _attend(
         shown = (column < DIM)[None, :]
         if MASKED:
             shown = shown & (token < end)[:, None]
+        if WINDOW > 0:
+            shown = shown & (token >= oldest)[:, None]
         cell = (block // blocks_per_page).to(tl.int64) * page_stride
         cell += (block % blocks_per_page) * (kv_heads * BLOCK_TOKENS * DIM)
         cell += token % BLOCK_TOKENS * DIM
@@ -182,12 +188,13 @@ def _attend(
                 visible = visible & (token[None, :] > position[:, None] - WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))
+        base = higher
         if WINDOW > 0:
             # A token may not see any key of the tiles that an earlier one begins with.
-            higher = tl.where(higher == float("-inf"), 0.0, higher)
+            base = tl.where(higher == float("-inf"), 0.0, higher)
         # In this order nothing can be contracted, so masked tiles are computed as others are.
-        shrunk = tl.exp2((peak - higher) * score_scale)
-        part = tl.exp2((scores - higher[:, None]) * score_scale)
+        shrunk = tl.exp2((peak - base) * score_scale)
+        part = tl.exp2((scores - base[:, None]) * score_scale)
         weight = weight * shrunk + tl.sum(part, axis=1)
         values = tl.load(memory + values_at + cell, mask=shown, other=0.0).to(query.dtype)
         part = part.to(query.dtype)

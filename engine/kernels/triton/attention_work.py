@@ -53,9 +53,13 @@ def attention_work_kernel(
         tl.store(item + 1, split + place, mask=place < count)
 
 
-def items_max(sequences: int, tokens: int, split_tokens: int) -> int:
+def items_max(sequences: int, tokens: int, split_tokens: int, window_tokens: int = 0) -> int:
     """Items of `sequences` that hold at most `tokens` tokens together: what `items` must hold."""
-    return sequences + tokens // split_tokens
+    most = sequences + tokens // split_tokens
+    if window_tokens:
+        # A window begins and ends anywhere within splits.
+        most = min(most, sequences * (1 + -(-window_tokens // split_tokens)))
+    return most
 
 
 def list_work(

@@ -7,8 +7,8 @@ nothing here waits for the device: all that the host knows of a step goes there 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,14 @@ Numbers = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What decoding attention has to do in a layer, see `attention_work`."""
+
+    items: torch.Tensor
+    firsts: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What all layers of a step share; spans of one token come first and are decodes."""
 
@@ -51,8 +59,8 @@ class Plan:
     cells: torch.Tensor
     decodes: int
     lengths: torch.Tensor
-    items: torch.Tensor
-    firsts: torch.Tensor
+    work: Mapping[int, Work]
+    """By the window of the layers that it is for; nothing where there are no decodes."""
     tables: torch.Tensor
     """[spans, blocks]"""
     chunks: torch.Tensor
@@ -64,13 +72,19 @@ class Plan:
 class Reserved:
     """What plans of decodes work in, one at a time."""
 
-    items: torch.Tensor
+    items: Mapping[int, torch.Tensor]
+    """By window: lists of all of them are there at once."""
     scratch: Scratch
     split_tokens: int
 
     def suffices(self, lengths: Numbers, padding: int) -> bool:
         """Whether sequences of `lengths`, and `padding` rows beside them, have room."""
-        return int((-(-lengths // self.split_tokens)).sum()) + padding <= len(self.items)
+        for window, items in self.items.items():
+            hidden = np.maximum(lengths - window, 0) // self.split_tokens if window else 0
+            splits = -(-lengths // self.split_tokens) - hidden
+            if int(splits.sum()) + padding > len(items):
+                return False
+        return True
 
 
 class TritonKernels:
@@ -87,6 +101,13 @@ class TritonKernels:
         shape = (spec.heads, spec.kv_heads, spec.head_dim, layout.block_tokens, layout.item_bytes)
         self._decode = DecodeShape.choose(*shape)
         self._prefill = PrefillShape.choose(*shape)
+        self._windows = spec.windows_seen
+        self._decode_of = {
+            window: replace(self._decode, window_tokens=window) for window in self._windows
+        }
+        self._prefill_of = {
+            window: replace(self._prefill, window_tokens=window) for window in self._windows
+        }
         self._frequencies = frequencies(spec.rope, spec.head_dim).to(self._device)
         self._linear = choose_linear(getattr(torch, layout.dtype), self._device)
         if strict:
@@ -116,29 +137,33 @@ class TritonKernels:
         """The plan of a step whose `numbers` are on the device, each aligned to 16 bytes."""
         positions, cells, lengths, tables, chunks, tiles = parts
         decodes = _decodes(spans)
-        items = torch.empty((0, 2), dtype=torch.int32, device=self._device)
-        firsts = torch.empty(decodes + 1, dtype=torch.int32, device=self._device)
+        work = {}
         if decodes:
-            split = self._decode.split_tokens
-            room = items_max(decodes, sum(span.start + 1 for span in spans[:decodes]), split)
-            items = torch.empty((room, 2), dtype=torch.int32, device=self._device)
-            list_work(lengths, items, firsts, split_tokens=split)
-            self._make_room(room, decodes)
+            tokens = sum(span.start + 1 for span in spans[:decodes])
+            for window in self._windows:
+                room = items_max(decodes, tokens, self._decode.split_tokens, window)
+                items = torch.empty((room, 2), dtype=torch.int32, device=self._device)
+                work[window] = self._list(lengths, items, window)
+                self._make_room(room, decodes)
         angles = rotary_angles(positions, self._frequencies)
-        return Plan(
-            angles, cells, decodes, lengths, items, firsts, tables, chunks, tiles, self._scratch
-        )
+        return Plan(angles, cells, decodes, lengths, work, tables, chunks, tiles, self._scratch)
 
     def reserve_decodes(self, sequences: int, tokens: int, scratch_bytes_max: int) -> Reserved:
         """Memory for plans of decodes alone, which stays where it is: of at most `sequences` that
         hold `tokens` tokens together, or of as many as `scratch_bytes_max` are enough for."""
         shape = self._decode
         item_bytes = 4 * shape.heads * (shape.head_dim + 2)
-        items = items_max(sequences, tokens, shape.split_tokens)
-        items = max(sequences, min(items, scratch_bytes_max // item_bytes))
+        most = {
+            window: items_max(sequences, tokens, shape.split_tokens, window)
+            for window in self._windows
+        }
+        room = max(sequences, min(max(most.values()), scratch_bytes_max // item_bytes))
         return Reserved(
-            torch.empty((items, 2), dtype=torch.int32, device=self._device),
-            Scratch.make(shape, items, sequences, self._device),
+            {
+                window: torch.empty((min(items, room), 2), dtype=torch.int32, device=self._device)
+                for window, items in most.items()
+            },
+            Scratch.make(shape, room, sequences, self._device),
             shape.split_tokens,
         )
 
@@ -152,16 +177,16 @@ class TritonKernels:
     ) -> Plan:
         """The plan of decodes alone, all [sequences]; nothing of it is known to the host, so it can
         be captured. A length of 0 with a cell of -1 is no sequence: it fills a batch."""
-        firsts = torch.empty(len(lengths) + 1, dtype=torch.int32, device=self._device)
         none = torch.empty((0, 2), dtype=torch.int32, device=self._device)
-        list_work(lengths, reserved.items, firsts, split_tokens=self._decode.split_tokens)
         return Plan(
             angles=rotary_angles(positions, self._frequencies),
             cells=cells,
             decodes=len(lengths),
             lengths=lengths,
-            items=reserved.items,
-            firsts=firsts,
+            work={
+                window: self._list(lengths, items, window)
+                for window, items in reserved.items.items()
+            },
             tables=tables,
             chunks=none,
             tiles=none,
@@ -192,6 +217,7 @@ class TritonKernels:
     def attend(self, layer: int, queries: torch.Tensor, plan: Plan) -> torch.Tensor:
         tokens, heads, dim = queries.shape
         output = torch.empty((tokens, heads * dim), dtype=queries.dtype, device=queries.device)
+        window = self._spec.window_of(layer)
         if plan.decodes:
             attention_decode(
                 queries,
@@ -200,10 +226,10 @@ class TritonKernels:
                 layer,
                 plan.tables,
                 plan.lengths,
-                plan.items,
-                plan.firsts,
+                plan.work[window].items,
+                plan.work[window].firsts,
                 plan.scratch,
-                self._decode,
+                self._decode_of[window],
                 programs=self._programs,
             )
         if len(plan.tiles):
@@ -216,9 +242,15 @@ class TritonKernels:
                 tables,
                 plan.chunks,
                 plan.tiles,
-                self._prefill,
+                self._prefill_of[window],
             )
         return output
+
+    def _list(self, lengths: torch.Tensor, items: torch.Tensor, window: int) -> Work:
+        firsts = torch.empty(len(lengths) + 1, dtype=torch.int32, device=self._device)
+        split = self._decode.split_tokens
+        list_work(lengths, items, firsts, split_tokens=split, window_tokens=window)
+        return Work(items, firsts)
 
     def _tables(self, spans: Sequence[Span]) -> Numbers:
         """[spans, blocks]; entries beyond a span's end are never read."""

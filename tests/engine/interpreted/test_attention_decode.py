@@ -95,6 +95,17 @@ def test_a_window_hides_what_lies_before_it(window: int) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("block_tokens", [4, 32])
+@pytest.mark.parametrize("window", [1, 5, SPLIT, 2 * SPLIT + 3])
+def test_blocks_before_a_window_may_be_others_by_now(window: int, block_tokens: int) -> None:
+    stage = Stage.make(LENGTHS, block_tokens=block_tokens)
+    queries = stage.queries([1] * len(LENGTHS))
+    wanted = run(stage, LENGTHS, queries, window=window)
+    given_back = stage.forget_before([length - window for length in LENGTHS])
+    assert given_back.tables != stage.tables
+    assert torch.equal(run(given_back, LENGTHS, queries, window=window), wanted)
+
+
 def test_a_sequence_does_not_depend_on_the_others_or_on_the_programs() -> None:
     """Bit for bit, alone and among others, in any order, with any grid."""
     length = 3 * SPLIT + 5

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.kernels.protocol import Span
+from engine.kernels.reference.paged_attention import paged_views
 from engine.kernels.triton.attention_prefill import (
     attention_prefill,
     prefill_spans,
@@ -99,6 +100,31 @@ def test_a_window_hides_what_lies_before_it(window: int) -> None:
     found = run(stage, spans, queries, window=window)
     wanted = stage.expected(queries, spans, 1, window)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("block_tokens", [4, 32])
+@pytest.mark.parametrize("window", [1, 5, TILE, 2 * TILE + 3])
+def test_blocks_before_a_window_may_be_others_by_now(window: int, block_tokens: int) -> None:
+    stage = Stage.make(LENGTHS, block_tokens=block_tokens)
+    spans = mixed(stage, CHUNKS)
+    queries = stage.queries([span.count for span in spans])
+    wanted = run(stage, spans, queries, window=window)
+    given_back = stage.forget_before([start - window + 1 for start, _ in CHUNKS])
+    assert given_back.tables != stage.tables
+    found = run(given_back, mixed(given_back, CHUNKS), queries, window=window)
+    assert torch.equal(found, wanted)
+
+
+def test_scores_far_below_nothing_at_all_still_count() -> None:
+    """A token that sees no key of the tiles before its own must not take their place as a peak."""
+    stage = Stage.make([TILE + 4], kv_heads=1, heads=1)
+    spans = mixed(stage, [(0, TILE + 4)])
+    views = paged_views(stage.layout, stage.memory)
+    views[:, :, 0] = views[:, :, 0].abs()
+    queries = -200 * stage.queries([TILE + 4]).abs()
+    found = run(stage, spans, queries, window=3)
+    wanted = stage.expected(queries, spans, 1, 3)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4)
 
 
 def test_a_token_does_not_depend_on_its_chunk_or_on_other_spans() -> None:

@@ -29,7 +29,8 @@ def test_every_split_with_a_visible_key_is_listed_once(window: int) -> None:
     edges = [0, 1, SPLIT - 1, SPLIT, SPLIT + 1, 70 * SPLIT, 70 * SPLIT + 1]
     for count in (1, 2, 7, 33):
         lengths = [chance.choice([*edges, chance.randrange(200)]) for _ in range(count)]
-        room = items_max(count, sum(lengths), SPLIT)
+        room = items_max(count, sum(lengths), SPLIT, window)
+        assert len(expected(lengths, window)[0]) <= room
         items = torch.full((room, 2), -1, dtype=torch.int32)
         firsts = torch.full((count + 1,), -1, dtype=torch.int32)
         list_work(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,13 +63,15 @@ SPEC = spec_of()
 WEIGHTS = weights_of(SPEC)
 
 
-def make_engine(graphs: Graphs | None = None, *, device: bool = True, **limits: int) -> Engine:
+def make_engine(
+    graphs: Graphs | None = None, *, device: bool = True, spec: ModelSpec = SPEC, **limits: int
+) -> Engine:
     given: dict[str, Any] = {"make_stepper": DeviceStepper} if device else {}
     pages = limits.pop("pages", 64)
     space = PlainKvSpace(PAGE_BYTES, pages)
     space.memory().view(torch.float32).fill_(float("nan"))
     chosen = EngineLimits(**{"context_tokens": 48, "running_requests_max": 8, **limits})
-    return Engine(SPEC, WEIGHTS, space, chosen, graphs=graphs, **given)
+    return Engine(spec, WEIGHTS, space, chosen, graphs=graphs, **given)
 
 
 def run(engine: Engine, after: Callable[[int], None] | None = None) -> dict[int, list[Output]]:
@@ -130,6 +133,24 @@ def test_tokens_are_those_of_the_reference(
         assert graphs.replays >= 3
         assert engine.statistics().stepper.replays == graphs.replays
         assert engine.statistics().stepper.graphs == len(graphs.captured) <= 3
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_within_a_window_what_is_given_back_is_not_missed(captured: bool) -> None:
+    """In memory for little more than a window, of which each block serves several requests."""
+    spec = replace(SPEC, windows=(5,))
+    wanted = answers(make_engine(device=False, spec=spec), 5, GREEDY)
+    assert wanted != answers(make_engine(device=False), 5, GREEDY)
+    engine = make_engine(
+        RecordedGraphs() if captured else None, spec=spec, pages=8, step_tokens=8,
+        prefix_cache=False,
+    )  # fmt: skip
+    assert answers(engine, 5, GREEDY) == wanted
+    assert engine.statistics().stepper.graphs > 0 or not captured
+    if captured:
+        cached = make_engine(RecordedGraphs(), spec=spec, pages=8, step_tokens=8)
+        assert answers(cached, 5, GREEDY) == answers(cached, 5, GREEDY) == wanted
+        assert cached.statistics().prefix_hit_tokens_total > 0
 
 
 def test_company_and_padding_change_nothing(greedy_answers: list[list[int]]) -> None:

@@ -30,7 +30,7 @@ STEPS = [
 ]
 
 
-def spec_of(family: Family) -> ModelSpec:
+def spec_of(family: Family, windows: tuple[int, ...] = ()) -> ModelSpec:
     return ModelSpec(
         family=family,
         layers=LAYERS,
@@ -45,6 +45,7 @@ def spec_of(family: Family) -> ModelSpec:
         norm_epsilon=1e-6,
         rope=Rope(1e4),
         eos_token_ids=(),
+        windows=windows,
     )
 
 
@@ -75,17 +76,31 @@ def run(spec: ModelSpec, kernels: Kernels, sequences: int) -> list[torch.Tensor]
     return logits
 
 
-def stage(family: Family) -> tuple[ModelSpec, KvLayout, torch.Tensor]:
-    spec = spec_of(family)
+def stage(
+    family: Family, windows: tuple[int, ...] = ()
+) -> tuple[ModelSpec, KvLayout, torch.Tensor]:
+    spec = spec_of(family, windows)
     layout = KvLayout.choose(spec, "float32", PAGE_BYTES)
     memory = torch.full((PAGES * layout.page_elements,), float("nan"))
     assert PAGES * layout.blocks_per_page >= 40
     return spec, layout, memory.view(torch.uint8)
 
 
-@pytest.mark.parametrize(("family", "sequences"), [("llama", 2), ("qwen2", 2), ("qwen3", 3)])
-def test_a_model_says_the_same_as_over_the_reference(family: Family, sequences: int) -> None:
-    spec, layout, memory = stage(family)
+@pytest.mark.parametrize(
+    ("family", "sequences", "windows"),
+    [
+        ("llama", 2, ()),
+        ("qwen2", 2, ()),
+        ("qwen3", 3, ()),
+        ("mistral", 2, (7, 7)),
+        ("qwen2", 2, (0, 7)),
+        ("qwen2", 2, (30, 7)),
+    ],
+)
+def test_a_model_says_the_same_as_over_the_reference(
+    family: Family, sequences: int, windows: tuple[int, ...]
+) -> None:
+    spec, layout, memory = stage(family, windows)
     found = run(spec, TritonKernels(spec, layout, memory.clone()), sequences)
     wanted = run(spec, ReferenceKernels(spec, layout, memory.clone()), sequences)
     for mine, theirs in zip(found, wanted, strict=True):
