@@ -25,6 +25,7 @@ class Action(StrEnum):
     DISABLE = "disable MIG mode of"
     ENABLE = "enable MIG mode of"
     RESET = "reset"
+    CLEAR = "take over"
     COMPLETE = "complete"
     CREATE = "create"
 
@@ -86,6 +87,8 @@ class GpuChange:
     foreign: tuple[Instance, ...] = ()
     reset: bool = False
     """Whether changing MIG mode takes a reset of the GPU."""
+    cleared: tuple[Instance, ...] = ()
+    """Instances of others that nobody may use when they become ours or go."""
 
     @property
     def kept(self) -> frozenset[Instance]:
@@ -105,6 +108,8 @@ class LayoutChange:
     boot_id: str
     gpus: tuple[GpuChange, ...]
     step: Step | None = None
+    ending: tuple[str, ...] = ()
+    """Processes of others that are ended for it, in words."""
 
 
 def change_of(plan: Plan, states: Iterable[GpuState], operation: str, boot_id: str) -> LayoutChange:
@@ -120,7 +125,7 @@ def _gpu_change(plan: GpuPlan, state: GpuState) -> GpuChange:
     mig = state.mig_enabled if plan.mig_change is MigChange.NONE else not state.mig_enabled
     after = Cut(mig, tuple(sorted(plan.chosen)))
     before = Cut(state.mig_enabled, own)
-    return GpuChange(plan.uuid, plan.index, before, after, foreign, plan.reset)
+    return GpuChange(plan.uuid, plan.index, before, after, foreign, plan.reset, plan.cleared)
 
 
 def next_step(gpu: Gpu, change: GpuChange, *, forward: bool) -> Step | None:

@@ -67,6 +67,30 @@ class Executor:
             gpu = await self._driver.reread(each.gpu)
             for step in steps_left(gpu, each):
                 await self._refuse_held(step, each, own)
+            for instance in gpu.instances or ():
+                if instance.place in each.cleared:
+                    step = Step(
+                        Action.CLEAR, gpu.uuid, instance.place, instance.number, gpu.generation
+                    )
+                    await self._refuse_held(step, each, own)
+
+    async def holders(self, change: LayoutChange, own_pids: Iterable[int] = ()) -> dict[int, str]:
+        """The processes not ours on what the change takes away or clears, and where they are."""
+        own, found = frozenset(own_pids), {}
+        for each in change.gpus:
+            gpu = await self._driver.reread(each.gpu)
+            steps = steps_left(gpu, each)
+            whole = any(step.place is None for step in steps)
+            gone = {step.number for step in steps if step.action is Action.DESTROY}
+            places = {one.number: one.place for one in gpu.instances or ()}
+            gone |= {number for number, place in places.items() if place in each.cleared}
+            told = await self._driver.telemetry(gpu.uuid, gpu.generation)
+            for process in told.processes:
+                number = process.instance
+                if process.pid not in own and (whole or number in gone):
+                    inside = f"/{places[number]}" if number in places else ""
+                    found[process.pid] = f"gpu{each.index}{inside}"
+        return found
 
     async def apply(
         self,

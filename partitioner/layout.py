@@ -16,10 +16,14 @@ from partitioner.geometry import Geometry, Instance
 
 
 class Found(StrEnum):
-    """What becomes of instances that were there before: kept out of it, or treated as ours."""
+    """What becomes of instances that were there before: kept out of it, or treated as ours.
+
+    DESTROY is ADOPT of what nobody uses: no process of others is left, on those that stay neither.
+    """
 
     IGNORE = "ignore"
     ADOPT = "adopt"
+    DESTROY = "destroy"
 
 
 class MigChange(StrEnum):
@@ -42,6 +46,7 @@ class Share:
 @dataclass(frozen=True)
 class GpuState:
     """One GPU as it is cut now. `foreign` instances are not ours: nothing may be done to them.
+    `cleared` ones are not ours either, but are to become so once nobody uses them.
 
     `shares` are the MPS shares under the whole GPU (None) or under an instance.
     """
@@ -56,6 +61,7 @@ class GpuState:
     mig_toggle_needs_reset: bool = False
     instances: tuple[Instance, ...] = ()
     foreign: frozenset[Instance] = frozenset()
+    cleared: frozenset[Instance] = frozenset()
     shares: Mapping[Instance | None, tuple[Share, ...]] = field(default_factory=dict)
 
     def partition_id(self, instance: Instance | None) -> str:
@@ -131,6 +137,7 @@ class GpuPlan:
     destroy: tuple[str, ...]
     move: tuple[str, ...]
     foreign: tuple[str, ...]
+    cleared: tuple[Instance, ...]
     fragmentation_before: float
     fragmentation_after: float
     downtime_ms: float
@@ -138,7 +145,7 @@ class GpuPlan:
     @property
     def changes(self) -> bool:
         """Whether anything would be done."""
-        return bool(self.create or self.destroy or self.mig_change)
+        return bool(self.create or self.destroy or self.mig_change or self.cleared)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ GPUs that are there is `layout_resolve`'s. It touches nothing. The invariant: wh
 has one meaning, and whatever is refused names its line, the reason and what to change.
 
     version: 1
-    found: ignore                  # or adopt: instances that are there already count as ours
+    found: ignore                  # or adopt: instances that are there already count as ours;
+                                   # destroy: the same, once they are empty
     gpus:
       - product: NVIDIA H200       # or uuid, pci or index; more than one must all match
         partitions:

@@ -29,12 +29,13 @@ from partitioner.strict_yaml import KeyPath, nearest
 def plan_file(text: str, source: str, states: Sequence[GpuState], costs: Costs) -> Plan:
     """Plan what a layout file asks; raises `DocumentError` with the line that must change.
 
-    With `found: adopt` instances that are marked as foreign are treated as ours.
+    With `found: adopt` instances that are marked as foreign are treated as ours; with `destroy`
+    too, once they are empty.
     """
     file, lines = parse_layout(text, source)
     have = list(states)
-    if file.found is Found.ADOPT:
-        have = [_adopted(state) for state in have]
+    if file.found is not Found.IGNORE:
+        have = [_adopted(state, file.found) for state in have]
     wanted = resolve(file, lines, source, have)
     try:
         return plan(have, wanted, costs)
@@ -42,8 +43,9 @@ def plan_file(text: str, source: str, states: Sequence[GpuState], costs: Costs) 
         raise DocumentError(source, error.line, error.problem) from error
 
 
-def _adopted(state: GpuState) -> GpuState:
-    return replace(state, foreign=frozenset())
+def _adopted(state: GpuState, found: Found) -> GpuState:
+    cleared = state.foreign if found is Found.DESTROY else frozenset()
+    return replace(state, foreign=frozenset(), cleared=cleared)
 
 
 def resolve(

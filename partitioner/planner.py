@@ -48,6 +48,7 @@ def plan_id(current: Iterable[GpuState], wanted: Iterable[GpuWanted]) -> str:
             state.mig_enabled,
             sorted(str(each) for each in state.instances),
             sorted(str(each) for each in state.foreign),
+            *([sorted(str(each) for each in state.cleared)] if state.cleared else []),
             sorted([str(place), _share_values(shares)] for place, shares in state.shares.items()),
         ]
         for state in sorted(current, key=lambda each: each.uuid)
@@ -118,6 +119,7 @@ def _plan_gpu(state: GpuState, wish: GpuWanted, costs: Costs) -> GpuPlan:
         destroy=destroy,
         move=move,
         foreign=tuple(state.partition_id(each) for each in foreign),
+        cleared=tuple(sorted(state.cleared)),
         fragmentation_before=fragmentation(state.geometry, (*own, *foreign)),
         fragmentation_after=fragmentation(state.geometry, (*chosen, *foreign)),
         downtime_ms=downtime_ms,

@@ -37,6 +37,7 @@ from daemon.control.processes.commands import commands
 from daemon.control.processes.custody import Custody
 from daemon.control.processes.fleet import Fleet
 from daemon.control.processes.gateway_client import GatewayClient
+from daemon.control.processes.holders import holders_of
 from daemon.control.processes.place import Commands, FleetEvents
 from daemon.control.processes.puller_client import Puller
 from daemon.control.processes.worker_client import WorkerClient
@@ -168,6 +169,7 @@ class Node:
             self._conductor,
             self._router,
             failpoints,
+            holders_of(simulated),
         )
         self._stage_ahead = StageAhead(world, self._conductor, self._operations)
         self._recovery = Recovery(

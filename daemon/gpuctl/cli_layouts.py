@@ -72,6 +72,12 @@ def _declare_files(app: typer.Typer) -> None:
             str, typer.Argument(metavar="[PLAN_ID]", help="A plan that `part plan` has shown.")
         ] = "",
         file: OptionalFileOption = "",
+        force: Annotated[
+            bool, typer.Option("--force", help="End processes of others on what goes; needs --yes.")
+        ] = False,
+        yes: Annotated[
+            bool, typer.Option("--yes", help="With --force: end those that are listed.")
+        ] = False,
         dry_run: DryRunOption = False,
         wait: WaitOption = True,
         request_id: RequestIdOption = "",
@@ -79,7 +85,8 @@ def _declare_files(app: typer.Typer) -> None:
         """Cut the GPUs as a layout file, or a plan that was shown, says. Ctrl-C leaves it going."""
         from daemon.gpuctl import layouts
 
-        layouts.apply(session, plan_id, file, dry_run=dry_run, wait=wait, request_id=request_id)
+        how = layouts.How(dry_run=dry_run, wait=wait, request_id=request_id, force=force, yes=yes)
+        layouts.apply(session, plan_id, file, how)
 
     @command(app, "assert")
     def assert_layout(session: Session, file: LayoutFileOption) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from google.longrunning.operations_proto_pb2 import Operation
@@ -32,6 +33,7 @@ PROFILE_COLUMNS = (
     Column("SLICES", right=True), Column("SLOTS", right=True), Column("AT MOST", right=True),
     Column("STARTS"),
 )  # fmt: skip
+HOLDER_COLUMNS = (Column("PID", right=True), Column("ON"), Column("OWNER"), Column("COMMAND"))
 PLAN_COLUMNS = (Column("DO"), Column("PARTITION"), Column("MODELS"))
 
 
@@ -136,9 +138,18 @@ def diff(session: Session, file: str) -> int:
     return Exit.FAILED if answer.changes else Exit.OK
 
 
-def apply(
-    session: Session, plan_id: str, file: str, *, dry_run: bool, wait: bool, request_id: str
-) -> None:
+@dataclass(frozen=True)
+class How:
+    """How a layout is applied. With `force` and `yes` processes of others are ended."""
+
+    dry_run: bool
+    wait: bool
+    request_id: str
+    force: bool = False
+    yes: bool = False
+
+
+def apply(session: Session, plan_id: str, file: str, how: How) -> None:
     """`gpuctl part apply`: shows what a file's plan is, then has exactly that plan carried out."""
     if bool(plan_id) == bool(file):
         raise CommandFailed("say either a plan's id or a file with -f, and one of them", Exit.USAGE)
@@ -148,14 +159,52 @@ def apply(
         if not session.json:
             _show(planned)
             print_line()
-    operation = session.client.apply_layout(plan_id, request_id=request_id, validate_only=dry_run)
-    if dry_run:
+    end_pids = _whom_to_end(session, plan_id, named=not file, how=how) if how.force else ()
+    operation = session.client.apply_layout(
+        plan_id,
+        # Without anybody to end there is nothing to force.
+        force=bool(end_pids),
+        end_pids=end_pids,
+        request_id=how.request_id,
+        validate_only=how.dry_run,
+    )
+    if how.dry_run:
         if session.json:
             print_json(operation)
         else:
             print_line(f"{plan_id} can be applied; nothing was changed")
         return
-    follow(session, operation, wait=wait, describe=_applied, undo=lambda operation: "")
+    follow(session, operation, wait=how.wait, describe=_applied, undo=lambda operation: "")
+
+
+def _whom_to_end(session: Session, plan_id: str, *, named: bool, how: How) -> tuple[int, ...]:
+    """List the processes that --force would end; their pids when it may.
+
+    A plan that is named was seen before; of a file somebody has to say --yes.
+    """
+    tried = session.client.apply_layout(plan_id, force=True, validate_only=True)
+    response = operation_response(tried)
+    assert isinstance(response, partition_pb2.ApplyLayoutResponse)
+    if response.ended and not session.json:
+        rows = [
+            [
+                str(each.pid),
+                each.partition,
+                each.owner or NOTHING,
+                one_line(each.command or NOTHING),
+            ]
+            for each in response.ended
+        ]
+        print_table(HOLDER_COLUMNS, rows, "")
+        print_line()
+    if response.ended and not (how.yes or named or how.dry_run):
+        pids = ", ".join(str(each.pid) for each in response.ended)
+        raise CommandFailed(
+            f"{len(response.ended)} processes of others would be ended (pid {pids}); nothing was "
+            f"done. Say --yes to end them, or name the plan: gpuctl part apply {plan_id} --force",
+            Exit.CONFLICT,
+        )
+    return tuple(each.pid for each in response.ended)
 
 
 def _applied(operation: Operation) -> str:
@@ -167,6 +216,8 @@ def _applied(operation: Operation) -> str:
         for word, names in (("destroyed", response.destroyed), ("created", response.created))
         if names
     ]
+    if response.ended:
+        parts.append(f"ended pid {', '.join(str(each.pid) for each in response.ended)}")
     if response.moved:
         parts.append(f"{', '.join(response.moved)} lost their place and are brought back")
     return one_line("; ".join(parts) or response.message or "the layout was there already")
@@ -215,9 +266,11 @@ def _steps(plan: partition_pb2.LayoutPlan) -> list[tuple[str, str, str]]:
     steps = []
     for gpu in plan.gpus:
         steps += [("leave alone", name, "not ours") for name in gpu.foreign]
-        steps += [("keep", name, NOTHING) for name in gpu.keep]
+        cleared = dict.fromkeys(gpu.cleared, "of others; must be empty")
+        steps += [("keep", name, cleared.get(name, NOTHING)) for name in gpu.keep]
         steps += [
-            ("destroy", name, "must move" if name in gpu.move else NOTHING) for name in gpu.destroy
+            ("destroy", name, "must move" if name in gpu.move else cleared.get(name, NOTHING))
+            for name in gpu.destroy
         ]
         if gpu.mig_change:
             reset = "resets the GPU" if gpu.reset else NOTHING

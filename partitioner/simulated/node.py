@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 
 from partitioner.catalogue import Board
@@ -234,6 +234,11 @@ class SimulatedNode:
         if at_once:
             gpu.mig_current = enabled
         self._changed(self)
+
+    def end_processes(self, pids: Container[int]) -> None:
+        """Let these processes be gone, from every GPU."""
+        for gpu in self.gpus:
+            gpu.processes = tuple(each for each in gpu.processes if each.pid not in pids)
 
     def reset(self, gpu: SimulatedGpu) -> bool:
         """Reset a GPU that nobody uses: its instances go, and the MIG mode that waits comes."""

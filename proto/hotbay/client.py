@@ -141,14 +141,24 @@ class Client:
         return plan
 
     def apply_layout(
-        self, plan_id: str, *, request_id: str = "", validate_only: bool = False
+        self,
+        plan_id: str,
+        *,
+        force: bool = False,
+        end_pids: Sequence[int] = (),
+        request_id: str = "",
+        validate_only: bool = False,
     ) -> Operation:
         """Carry out a plan that `plan_layout` answered; the response is an ApplyLayoutResponse.
 
-        Raises Conflict (PLAN_STALE) when the GPUs have changed since.
+        With `force` processes of others in its way are ended: `end_pids`, and if there are more it
+        is refused, or whichever there are. Raises Conflict (PLAN_STALE) when the GPUs have changed
+        since.
         """
         request = partition_pb2.ApplyLayoutRequest(
             plan_id=plan_id,
+            force=force,
+            end_pids=end_pids,
             request_id=request_id or new_request_id(),
             validate_only=validate_only,
         )

@@ -153,3 +153,59 @@ def test_assert_is_an_exit_code(node: ScriptedNode, gpuctl: Run, layout: str) ->
     done = gpuctl("part", "assert", "-f", layout)
     assert (done.code, done.out.splitlines()[-1]) == (1, "+ gpu1/3g.71gb@4")
     assert "ApplyLayout" not in node.calls
+
+
+def holder(node: ScriptedNode) -> None:
+    node.ended = [
+        partition_pb2.ForeignProcess(
+            pid=71, partition="gpu0/2g.35gb@0", command="python train.py", owner="alice"
+        )
+    ]
+
+
+def test_force_lists_whom_it_would_end_and_stops_without_yes(
+    node: ScriptedNode, gpuctl: Run, layout: str
+) -> None:
+    holder(node)
+    done = gpuctl("part", "apply", "-f", layout, "--force")
+    assert done.code == 4
+    assert "71  gpu0/2g.35gb@0  alice  python train.py" in done.out
+    assert "Say --yes to end them" in done.err
+    assert "part apply plan-0 --force" in done.err
+    request = node.last(partition_pb2.ApplyLayoutRequest)
+    assert (request.force, request.validate_only) == (True, True), "nothing but a look"
+
+
+@pytest.mark.parametrize("how", ["yes", "plan"])
+def test_force_ends_only_whom_it_has_listed(
+    node: ScriptedNode, gpuctl: Run, layout: str, how: str
+) -> None:
+    holder(node)
+    words = ("-f", layout, "--yes") if how == "yes" else ("plan-0",)
+    done = gpuctl("part", "apply", *words, "--force")
+    assert done.code == 0, done.err
+    request = node.last(partition_pb2.ApplyLayoutRequest)
+    assert (request.force, list(request.end_pids), request.validate_only) == (True, [71], False)
+
+
+def test_force_without_anybody_in_the_way_forces_nothing(
+    node: ScriptedNode, gpuctl: Run, layout: str
+) -> None:
+    assert gpuctl("part", "apply", "-f", layout, "--force").code == 0
+    request = node.last(partition_pb2.ApplyLayoutRequest)
+    assert (request.force, request.validate_only) == (False, False)
+
+
+def test_instances_of_others_that_go_are_told_apart(
+    node: ScriptedNode, gpuctl: Run, layout: str
+) -> None:
+    one, three = "gpu0/1g.18gb@2", "gpu0/3g.71gb@4"
+    gpu = partition_pb2.GpuLayoutPlan(keep=[three], destroy=[one], cleared=[one, three])
+    node.layout_plan = partition_pb2.LayoutPlan(plan_id="plan-1", changes=True, gpus=[gpu])
+    rows = [
+        " ".join(line.split()) for line in gpuctl("part", "plan", "-f", layout).out.splitlines()
+    ]
+    assert rows[1:3] == [
+        f"keep {three} of others; must be empty",
+        f"destroy {one} of others; must be empty",
+    ]

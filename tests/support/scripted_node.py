@@ -133,6 +133,8 @@ class ScriptedNode:
         ]  # fmt: skip
         self.layout_plan = partition_pb2.LayoutPlan(plan_id="plan-0")
         self.examination = doctor_pb2.Examination()
+        # Whom forcing a layout ends.
+        self.ended: list[partition_pb2.ForeignProcess] = []
         self.profiles = partition_pb2.ListProfilesResponse()
         self._server: Any = None
 
@@ -301,8 +303,9 @@ class PartitionAnswers(Answers, partition_pb2_grpc.PartitionServiceServicer):
     def ApplyLayout(self, request: Any, context: Any) -> Operation:
         self.node.take("ApplyLayout", request, context)
         response = partition_pb2.ApplyLayoutResponse(
-            plan_id=request.plan_id, created=["gpu1/3g.71gb@4"], destroyed=["gpu1"], moved=["a@1"]
-        )
+            plan_id=request.plan_id, created=["gpu1/3g.71gb@4"], destroyed=["gpu1"], moved=["a@1"],
+            ended=self.node.ended if request.force else (),
+        )  # fmt: skip
         if request.validate_only:
             return Operation(done=True, response=packed(response))
         metadata = model_pb2.OperationMetadata(kind="layout", request_id=request.request_id)

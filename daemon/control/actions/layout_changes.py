@@ -16,12 +16,14 @@ from typing import Protocol
 
 from daemon.control.actions.bring_back import BringBack
 from daemon.control.actions.conductor import Conductor
+from daemon.control.actions.forcing import Forcing
 from daemon.control.actions.layout_errors import refusal
 from daemon.control.actions.layouts import Layouts
 from daemon.control.actions.routing import Router
 from daemon.control.errors import ControlError, Refused
 from daemon.control.failpoints import FailPoint, FailPoints
 from daemon.control.notify import boot_id
+from daemon.control.processes.holders import Holder, Holders
 from daemon.control.state.failures import Failed
 from daemon.control.state.journal import Drop, Journal, Put
 from daemon.control.state.operations import Operations
@@ -77,6 +79,7 @@ class LayoutChanges:
         conductor: Conductor,
         router: Router,
         failpoints: FailPoints,
+        holders: Holders,
     ) -> None:
         self._world = world
         self._layouts = layouts
@@ -88,6 +91,7 @@ class LayoutChanges:
         self._router = router
         self._failpoints = failpoints
         self._executor = Executor(driver, self._note)
+        self._forcing = Forcing(self._executor, holders)
         self._open: LayoutChange | None = None
         """What the journal holds: under way, or neither done nor taken back."""
         self._done: dict[str, Outcome] = {}
@@ -95,26 +99,39 @@ class LayoutChanges:
 
     # By call.
 
-    async def apply(self, request: Request, plan_id: str, *, validate_only: bool) -> Operation:
-        """Begin to apply a plan that was shown. Raises Refused, having touched nothing."""
+    async def apply(
+        self,
+        request: Request,
+        plan_id: str,
+        *,
+        validate_only: bool,
+        force: bool = False,
+        end_pids: tuple[int, ...] = (),
+    ) -> Operation:
+        """Begin to apply a plan that was shown. Raises Refused, having touched nothing.
+
+        With `force` processes of others in its way are ended: `end_pids`, or whichever there are.
+        """
         await self._conductor.admit()
         if not validate_only:
             existing = await self._operations.replay(request)
             if existing is not None:
                 return existing
-        plan, change = await self._prepare(plan_id, "")
-        intent = Intent(Kind.LAYOUT, layout=plan_id)
+        intent = Intent(Kind.LAYOUT, layout=plan_id, force=force, end_pids=end_pids)
+        plan, change, holders = await self._prepare(intent, "")
         predicted = Plan(predicted_ms=plan.downtime_ms)
         names = sorted({*_names(change, before=True), *_names(change, before=False)})
         if validate_only:
-            result = self._result(change, NOTHING_CHANGED)
+            result = self._result(change, NOTHING_CHANGED, ended=holders)
             return foreseen(request, intent, predicted, result)
         claims = (CLAIM, *(f"partition:{name}" for name in names))
         return await self._operations.begin(request, intent, predicted, claims, self._run)
 
-    async def _prepare(self, plan_id: str, operation: str) -> tuple[layout.Plan, LayoutChange]:
-        """Plan again what was shown, and look for what forbids it."""
-        plan, states = await self._layouts.again(plan_id)
+    async def _prepare(
+        self, intent: Intent, operation: str
+    ) -> tuple[layout.Plan, LayoutChange, tuple[Holder, ...]]:
+        """Plan again what was shown, look for what forbids it, and for whom to end."""
+        plan, states = await self._layouts.again(intent.layout)
         for gpu in plan.gpus:
             if any("/mps" in name for name in gpu.create):
                 raise Refused(
@@ -123,11 +140,16 @@ class LayoutChanges:
                     reason="NOT_IMPLEMENTED",
                 )
         change = change_of(plan, states, operation, boot_id())
+        if intent.force:
+            return plan, change, await self._look(change, intent)
         try:
             await self._executor.refuse_held(change, self._own_pids())
         except PartitionerError as error:
             raise refusal(error) from error
-        return plan, change
+        return plan, change, ()
+
+    async def _look(self, change: LayoutChange, intent: Intent) -> tuple[Holder, ...]:
+        return await self._forcing.look(change, self._own_pids(), intent.end_pids)
 
     def _own_pids(self) -> frozenset[int]:
         return frozenset(client.pid for client in self._world.processes.workers.values())
@@ -142,7 +164,8 @@ class LayoutChanges:
         handle.cancel_by(abandon)
         handle.update(stage=Stage.PLANNING)
         await self._settle_open()
-        _, change = await self._prepare(handle.record.intent.layout, handle.name)
+        intent = handle.record.intent
+        _, change, holders = await self._prepare(intent, handle.name)
         pids = self._own_pids()
         leaving = self._leaving(change)
 
@@ -156,6 +179,13 @@ class LayoutChanges:
             handle.update(stage=Stage.DRAINING, message=f"ending {len(leaving)} workers")
             await self._take_down(leaving)
             await self._failpoints.reach(FailPoint.CLEARED)
+            if intent.force:
+                # The last thing before the GPUs are cut: it alone cannot be taken back.
+                holders = await self._look(change, intent)
+                change = self._forcing.noted(change, holders)
+                await self._note(change)
+                handle.update(message=f"ending {len(holders)} processes of others")
+                await self._forcing.end(holders)
             await self._executor.apply(change, own_pids=pids, cancelled=stop.is_set, begun=begun)
             await self._failpoints.reach(FailPoint.CUT)
         except (PartitionerError, ControlError) as error:
@@ -163,7 +193,7 @@ class LayoutChanges:
             raise await self._given_up(change, error) from error
         handle.cancel_by(None)
         handle.update(stage=Stage.COMMITTED, message="")
-        outcome = await self._committed(change)
+        outcome = await self._committed(change, holders)
         assert outcome.result.layout is not None
         await asyncio.gather(*map(self._workers.settled, outcome.result.layout.created))
         return outcome
@@ -205,7 +235,7 @@ class LayoutChanges:
         self._open = None
         self._repartition(gpus, change)
 
-    async def _committed(self, change: LayoutChange) -> Outcome:
+    async def _committed(self, change: LayoutChange, ended: tuple[Holder, ...] = ()) -> Outcome:
         """The new layout is there: say so everywhere but in the journal, which the end does."""
         world = self._world
         gone = _names(change, before=True) - _names(change, before=False)
@@ -214,7 +244,7 @@ class LayoutChanges:
         moved = [each for each in world.placements.values() if each.partition in gone]
         for placement in moved:
             world.displaced(placement.model)
-        result = self._result(change, "", tuple(each.model for each in moved))
+        result = self._result(change, "", tuple(each.model for each in moved), ended)
         self._repartition(gpus, change)
         self._router.publish_soon()
         self._open = None
@@ -252,7 +282,11 @@ class LayoutChanges:
             self._workers.add(each.id)
 
     def _result(
-        self, change: LayoutChange, message: str, moved: tuple[str, ...] | None = None
+        self,
+        change: LayoutChange,
+        message: str,
+        moved: tuple[str, ...] | None = None,
+        ended: tuple[Holder, ...] = (),
     ) -> Result:
         before, after = _names(change, before=True), _names(change, before=False)
         there = frozenset(self._world.partitions)
@@ -264,6 +298,7 @@ class LayoutChanges:
             created=tuple(sorted(after - there)),
             destroyed=tuple(sorted(before - after)),
             moved=moved,
+            ended=ended,
         )
         nothing = not (applied.created or applied.destroyed)
         text = message or ("the layout was there already" if nothing else "")

@@ -176,6 +176,7 @@ def _gpu_plan(gpu: GpuPlan) -> partition_pb2.GpuLayoutPlan:
         destroy=gpu.destroy,
         move=gpu.move,
         foreign=gpu.foreign,
+        cleared=[f"gpu{gpu.index}/{place}" for place in gpu.cleared],
         fragmentation_before=gpu.fragmentation_before,
         fragmentation_after=gpu.fragmentation_after,
         predicted_downtime_ms=gpu.downtime_ms,

@@ -159,6 +159,12 @@ def _response(record: Operation, told: common_pb2.Ledger | None) -> Any:
             created=result.layout.created,
             destroyed=result.layout.destroyed,
             moved=result.layout.moved,
+            ended=[
+                partition_pb2.ForeignProcess(
+                    pid=each.pid, partition=each.where, command=each.command, owner=each.owner
+                )
+                for each in result.layout.ended
+            ],
             message=result.message,
         )
     elif intent.kind is Kind.SWAP:

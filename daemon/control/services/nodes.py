@@ -150,16 +150,12 @@ class PartitionService:
 
     async def ApplyLayout(self, request: partition_pb2.ApplyLayoutRequest) -> Any:
         plan_id = requests.required("plan_id", request.plan_id)
-        if request.force:
-            raise Refused(
-                "force is not implemented: hotbayd never ends processes that are not its own; end "
-                "those that the refusal names, and apply without it",
-                reason="NOT_IMPLEMENTED",
-            )
         operation = await self._changes.apply(
             requests.identity("ApplyLayout", request),
             plan_id,
             validate_only=request.validate_only,
+            force=request.force,
+            end_pids=tuple(request.end_pids),
         )
         return answers.operation(operation)
 

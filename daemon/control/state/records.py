@@ -11,6 +11,7 @@ from enum import StrEnum
 
 import msgspec
 
+from daemon.control.processes.holders import Holder
 from engine.link.control import InFlight, Ledger
 
 
@@ -206,6 +207,10 @@ class Intent(msgspec.Struct, frozen=True):
     canary: str = ""
     """The text of a canary that is to be recorded anew; empty leaves what there is."""
     forget_canary: bool = False
+    force: bool = False
+    """End processes of others on what goes."""
+    end_pids: tuple[int, ...] = ()
+    """With `force`: only these; empty: whichever there are."""
 
 
 class AppliedLayout(msgspec.Struct, frozen=True):
@@ -214,6 +219,7 @@ class AppliedLayout(msgspec.Struct, frozen=True):
     created: tuple[str, ...] = ()
     destroyed: tuple[str, ...] = ()
     moved: tuple[str, ...] = ()
+    ended: tuple[Holder, ...] = ()
 
 
 class Result(msgspec.Struct, frozen=True):

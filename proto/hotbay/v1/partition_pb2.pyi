@@ -333,6 +333,7 @@ class GpuLayoutPlan(message.Message):
     FRAGMENTATION_BEFORE_FIELD_NUMBER: builtins.int
     FRAGMENTATION_AFTER_FIELD_NUMBER: builtins.int
     PREDICTED_DOWNTIME_MS_FIELD_NUMBER: builtins.int
+    CLEARED_FIELD_NUMBER: builtins.int
     gpu: builtins.str
     index: builtins.int
     mig_change: builtins.str
@@ -353,6 +354,10 @@ class GpuLayoutPlan(message.Message):
     def move(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @builtins.property
     def foreign(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @builtins.property
+    def cleared(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Instances of others that become ours or go (`found: destroy`), which nobody may use then."""
+
     def __init__(
         self,
         *,
@@ -368,10 +373,11 @@ class GpuLayoutPlan(message.Message):
         fragmentation_before: builtins.float = ...,
         fragmentation_after: builtins.float = ...,
         predicted_downtime_ms: builtins.float = ...,
+        cleared: abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create", b"create", "destroy", b"destroy", "foreign", b"foreign", "fragmentation_after", b"fragmentation_after", "fragmentation_before", b"fragmentation_before", "gpu", b"gpu", "index", b"index", "keep", b"keep", "mig_change", b"mig_change", "move", b"move", "predicted_downtime_ms", b"predicted_downtime_ms", "reset", b"reset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cleared", b"cleared", "create", b"create", "destroy", b"destroy", "foreign", b"foreign", "fragmentation_after", b"fragmentation_after", "fragmentation_before", b"fragmentation_before", "gpu", b"gpu", "index", b"index", "keep", b"keep", "mig_change", b"mig_change", "move", b"move", "predicted_downtime_ms", b"predicted_downtime_ms", "reset", b"reset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -522,12 +528,17 @@ class ApplyLayoutRequest(message.Message):
     FORCE_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    END_PIDS_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
     """Of a plan that this daemon has shown since it started."""
     force: builtins.bool
-    """Not implemented: processes that are not hotbayd's are never ended by it."""
+    """End processes that are not hotbayd's on what goes: SIGTERM, a wait, SIGKILL."""
     request_id: builtins.str
     validate_only: builtins.bool
+    @builtins.property
+    def end_pids(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """With `force`: only these may be ended, and others refuse it; empty: whichever there are."""
+
     def __init__(
         self,
         *,
@@ -535,10 +546,11 @@ class ApplyLayoutRequest(message.Message):
         force: builtins.bool = ...,
         request_id: builtins.str = ...,
         validate_only: builtins.bool = ...,
+        end_pids: abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["force", b"force", "plan_id", b"plan_id", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["end_pids", b"end_pids", "force", b"force", "plan_id", b"plan_id", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -553,6 +565,7 @@ class ApplyLayoutResponse(message.Message):
     DESTROYED_FIELD_NUMBER: builtins.int
     MOVED_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
     message: builtins.str
     @builtins.property
@@ -563,6 +576,10 @@ class ApplyLayoutResponse(message.Message):
     def moved(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Models whose partition went; they are brought back in the background."""
 
+    @builtins.property
+    def ended(self) -> containers.RepeatedCompositeFieldContainer[ForeignProcess]:
+        """With `force`: the processes that were ended, or with `validate_only` would be."""
+
     def __init__(
         self,
         *,
@@ -571,9 +588,40 @@ class ApplyLayoutResponse(message.Message):
         destroyed: abc.Iterable[builtins.str] | None = ...,
         moved: abc.Iterable[builtins.str] | None = ...,
         message: builtins.str = ...,
+        ended: abc.Iterable[ForeignProcess] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["created", b"created", "destroyed", b"destroyed", "message", b"message", "moved", b"moved", "plan_id", b"plan_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["created", b"created", "destroyed", b"destroyed", "ended", b"ended", "message", b"message", "moved", b"moved", "plan_id", b"plan_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ForeignProcess(message.Message):
+    """A process that is not hotbayd's, on a GPU."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    PID_FIELD_NUMBER: builtins.int
+    PARTITION_FIELD_NUMBER: builtins.int
+    COMMAND_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
+    pid: builtins.int
+    partition: builtins.str
+    """What it uses: `gpu0` or `gpu0/3g.71gb@4`."""
+    command: builtins.str
+    """Its command line and user, as far as hotbayd may see them."""
+    owner: builtins.str
+    def __init__(
+        self,
+        *,
+        pid: builtins.int = ...,
+        partition: builtins.str = ...,
+        command: builtins.str = ...,
+        owner: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["command", b"command", "owner", b"owner", "partition", b"partition", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
