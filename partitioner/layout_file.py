@@ -181,10 +181,10 @@ def parse_layout(text: str, source: str) -> tuple[LayoutFile, Mapping[KeyPath, i
     return parse_located(LayoutFile, text, source)
 
 
-def export_layout(states: Iterable[GpuState]) -> str:
+def export_layout(states: Iterable[GpuState], found: Found = Found.ADOPT) -> str:
     """The present layout as a file of which a plan says that nothing is to be done."""
     gpus = [_gpu_entry(state) for state in sorted(states, key=lambda each: each.index)]
-    document = {"version": 1, "found": Found.ADOPT.value, "gpus": gpus}
+    document = {"version": 1, "found": found.value, "gpus": gpus}
     return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100)
 
 

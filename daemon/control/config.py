@@ -175,6 +175,16 @@ class Worker(Section):
     keep_mappings: bool = True
 
 
+AfterReboot = Literal["apply", "wait"]
+
+
+class Partitions(Section):
+    """How GPUs are cut. Instances do not outlive a reboot: `after_reboot` "apply" makes those that
+    hotbayd had made again when it first starts, "wait" leaves that to a call, and warns."""
+
+    after_reboot: AfterReboot = "apply"
+
+
 class Scheduling(Section):
     """Who is ACTIVE when. `max_active_models` is per partition; 0 is as many as fit.
 
@@ -231,6 +241,7 @@ class Config(Section):
     image_cache: ImageCache = ImageCache()
     models: Models = Models()
     worker: Worker = Worker()
+    partitions: Partitions = Partitions()
     scheduling: Scheduling = Scheduling()
     gateway: Gateway = Gateway()
     limits: Limits = Limits()

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from google.protobuf.message import Message
 
+from daemon.control.actions.after_reboot import Reapplying
 from daemon.control.actions.conductor import Conductor
 from daemon.control.actions.cordons import Cordons
 from daemon.control.actions.demand_loop import DemandLoop
@@ -171,6 +172,9 @@ class Node:
             failpoints,
             holders_of(simulated),
         )
+        self._reapplying = Reapplying(
+            world, layouts, self._layout_changes, journal, self._operations
+        )
         self._stage_ahead = StageAhead(world, self._conductor, self._operations)
         self._recovery = Recovery(
             world,
@@ -244,6 +248,8 @@ class Node:
             task.add_done_callback(self._loop_ended)
         world.became_ready.set()
         self._spare.wake()
+        again = self._reapplying.run(self._contents.kept_layout, config.partitions.after_reboot)
+        self._tasks.append(asyncio.create_task(again, name="layout after a reboot"))
         for client in list(self.fleet.workers.values()):
             self._recovery.restore(client)
         await self._images.keep_all()

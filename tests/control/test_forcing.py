@@ -39,8 +39,8 @@ from tests.control.test_layout_changes import (
     play,
     reason_of,
 )
-from tests.control.test_services import Api, refusal
-from tests.support.control_stage import Worker
+from tests.support.control_api import Api, refusal
+from tests.support.control_peers import Worker
 
 OPENS = "import signal, sys; f = open(sys.argv[1]); {more}; print('up', flush=True); signal.pause()"
 STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"

@@ -10,6 +10,7 @@ stays placed where it was, so that whoever takes the change back finds it brough
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable
 from typing import Protocol
@@ -18,6 +19,7 @@ from daemon.control.actions.bring_back import BringBack
 from daemon.control.actions.conductor import Conductor
 from daemon.control.actions.forcing import Forcing
 from daemon.control.actions.layout_errors import refusal
+from daemon.control.actions.layout_marks import marks_after, void_marks
 from daemon.control.actions.layouts import Layouts
 from daemon.control.actions.routing import Router
 from daemon.control.errors import ControlError, Refused
@@ -29,8 +31,10 @@ from daemon.control.state.journal import Drop, Journal, Put
 from daemon.control.state.operations import Operations
 from daemon.control.state.records import (
     AppliedLayout,
+    Cause,
     Failure,
     Intent,
+    KeptLayout,
     Kind,
     Operation,
     Plan,
@@ -40,7 +44,7 @@ from daemon.control.state.records import (
 from daemon.control.state.running import NOTHING_CHANGED, Handle, Outcome, Request, foreseen
 from daemon.control.state.world import World
 from partitioner import layout
-from partitioner.cutting import Cut, LayoutChange, Owned, Step, change_of, owned_after
+from partitioner.cutting import Cut, LayoutChange, Step, change_of
 from partitioner.errors import NotRolledBackError, PartitionerError
 from partitioner.executor import Driver, Executor, describe
 from partitioner.gpu import Gpu
@@ -95,6 +99,8 @@ class LayoutChanges:
         self._open: LayoutChange | None = None
         """What the journal holds: under way, or neither done nor taken back."""
         self._done: dict[str, Outcome] = {}
+        self._gone = ""
+        """The warning of what a reboot took."""
         self._returning = BringBack(world, operations, conductor)
 
     # By call.
@@ -107,6 +113,7 @@ class LayoutChanges:
         validate_only: bool,
         force: bool = False,
         end_pids: tuple[int, ...] = (),
+        cause: Cause = Cause.API,
     ) -> Operation:
         """Begin to apply a plan that was shown. Raises Refused, having touched nothing.
 
@@ -117,7 +124,7 @@ class LayoutChanges:
             existing = await self._operations.replay(request)
             if existing is not None:
                 return existing
-        intent = Intent(Kind.LAYOUT, layout=plan_id, force=force, end_pids=end_pids)
+        intent = Intent(Kind.LAYOUT, cause, layout=plan_id, force=force, end_pids=end_pids)
         plan, change, holders = await self._prepare(intent, "")
         predicted = Plan(predicted_ms=plan.downtime_ms)
         names = sorted({*_names(change, before=True), *_names(change, before=False)})
@@ -230,7 +237,7 @@ class LayoutChanges:
     async def _taken_back(self, change: LayoutChange) -> None:
         """The old layout is there: the marks of instances that had to be made again are new."""
         gpus = await self._driver.discover()
-        changes = self._marks(change, {gpu.uuid: gpu for gpu in gpus}, forward=False)
+        changes = marks_after(self._world, change, {gpu.uuid: gpu for gpu in gpus}, forward=False)
         await self._journal.commit([Drop(change), *changes])
         self._open = None
         self._repartition(gpus, change)
@@ -240,7 +247,7 @@ class LayoutChanges:
         world = self._world
         gone = _names(change, before=True) - _names(change, before=False)
         gpus = await self._driver.discover()
-        changes = self._marks(change, {gpu.uuid: gpu for gpu in gpus}, forward=True)
+        changes = marks_after(self._world, change, {gpu.uuid: gpu for gpu in gpus}, forward=True)
         moved = [each for each in world.placements.values() if each.partition in gone]
         for placement in moved:
             world.displaced(placement.model)
@@ -249,25 +256,17 @@ class LayoutChanges:
         self._router.publish_soon()
         self._open = None
         self._returning.later(change.operation, result.layout.moved if result.layout else ())
-        return Outcome(result, (Drop(change), *changes, *(Drop(each) for each in moved)))
+        kept = await self._kept()
+        return Outcome(result, (Drop(change), *changes, *kept, *(Drop(each) for each in moved)))
 
-    def _marks(
-        self, change: LayoutChange, gpus: dict[str, Gpu], *, forward: bool
-    ) -> list[Put | Drop]:
-        """Mark what is ours on the changed GPUs from now on, in memory, and for the journal."""
-        world, boot = self._world, boot_id()
-        changed = {each.gpu for each in change.gpus}
-        before = tuple(each for each in world.owned if each.gpu in changed)
-        after: tuple[Owned, ...] = tuple(
-            mark
-            for each in change.gpus
-            if each.gpu in gpus
-            for mark in owned_after(gpus[each.gpu], each, boot, forward=forward)
-            # What was to be taken over, and was not, is not ours.
-            if forward or any((mark.gpu, mark.place) == (old.gpu, old.place) for old in before)
-        )
-        world.owned = (*(each for each in world.owned if each.gpu not in changed), *after)
-        return [*(Drop(each) for each in before), *(Put(each) for each in after)]
+    async def _kept(self) -> tuple[Put | Drop, ...]:
+        """What is to be applied again after a reboot: how the GPUs are cut now."""
+        try:
+            kept = await self._layouts.kept()
+        except ControlError as error:
+            log.warning("the layout is not kept for after a reboot: %s", error)
+            return ()
+        return (Put(kept),) if kept is not None else (Drop(KeptLayout("", "")),)
 
     def _repartition(self, gpus: tuple[Gpu, ...], change: LayoutChange) -> None:
         """Let the partitions of the changed GPUs be those that are there, each with a worker."""
@@ -326,12 +325,12 @@ class LayoutChanges:
     async def settle(self, change: LayoutChange | None, operations: Iterable[Operation]) -> None:
         """At start, before any worker is: bring an open change to one of its two ends."""
         world, boot = self._world, boot_id()
-        void = [each for each in world.owned if each.boot_id != boot]
+        void = void_marks(world, boot)
         if void:
-            world.owned = tuple(each for each in world.owned if each.boot_id == boot)
             await self._journal.commit([Drop(each) for each in void])
             names = ", ".join(sorted({str(each.place) for each in void}))
-            world.warnings.append(f"GPU instances are gone since the host was started: {names}")
+            self._gone = f"GPU instances are gone since the host was started: {names}"
+            world.warnings.append(self._gone)
         if change is None:
             return
         if change.boot_id != boot:
@@ -357,6 +356,11 @@ class LayoutChanges:
             return
         for name in gone:
             await self._workers.remove(name, 0.0)
+
+    def forget_gone(self) -> None:
+        """What a reboot took is there again."""
+        with contextlib.suppress(ValueError):
+            self._world.warnings.remove(self._gone)
 
     async def after_restart(self, handle: Handle) -> Outcome:
         """How an operation that an earlier daemon began has ended."""

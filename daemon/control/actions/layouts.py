@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
 
 from hotbay.v1 import partition_pb2
 
 from daemon.control.errors import Refused
 from daemon.control.notify import boot_id
+from daemon.control.state.records import KeptLayout
 from daemon.control.state.world import LINK_BYTES_PER_S_UNMEASURED, ON_DEVICE, World
 from partitioner.cutting import Owned
 from partitioner.errors import DocumentError, NvmlError
 from partitioner.geometry import Geometry
 from partitioner.gpu import Gpu, GpuHealth
-from partitioner.layout import Costs, GpuPlan, GpuState, Plan
+from partitioner.layout import Costs, Found, GpuPlan, GpuState, Plan
 from partitioner.layout_file import export_layout
 from partitioner.layout_resolve import plan_file
 from partitioner.strict_yaml import MAX_DOCUMENT_BYTES
@@ -88,6 +90,15 @@ class Layouts:
     async def export(self) -> str:
         """The present layout as a file."""
         return export_layout(await self._states())
+
+    async def kept(self) -> KeptLayout | None:
+        """What of the present layout is ours, to be applied again after a reboot."""
+        ours = [
+            replace(state, instances=tuple(sorted(set(state.instances) - state.foreign)))
+            for state in await self._states()
+        ]
+        cut = [state for state in ours if state.instances or state.shares]
+        return KeptLayout(export_layout(cut, Found.IGNORE), boot_id()) if cut else None
 
     async def profiles(self) -> list[partition_pb2.GpuProfiles]:
         """What each GPU that answers can be cut into."""

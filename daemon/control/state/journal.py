@@ -22,7 +22,15 @@ from typing import Any
 import msgspec
 
 from daemon.control.errors import JournalFailed
-from daemon.control.state.records import Cordon, Label, LinkRate, Operation, Placement, Version
+from daemon.control.state.records import (
+    Cordon,
+    KeptLayout,
+    Label,
+    LinkRate,
+    Operation,
+    Placement,
+    Version,
+)
 from partitioner.cutting import LayoutChange, Owned
 
 SCHEMA_VERSION = 1
@@ -39,12 +47,15 @@ _KINDS: dict[type, str] = {
     Owned: "instance",
     LayoutChange: "layout",
     Cordon: "cordon",
+    KeptLayout: "kept layout",
 }
 _TYPES: dict[str, type] = {kind: type_ for type_, kind in _KINDS.items()}
 
 log = logging.getLogger(__name__)
 
-Record = Version | Label | Placement | Operation | LinkRate | Owned | LayoutChange | Cordon
+Record = (
+    Version | Label | Placement | Operation | LinkRate | Owned | LayoutChange | Cordon | KeptLayout
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,8 @@ class Contents:
     layout_change: LayoutChange | None = None
     """The change of layout that was under way."""
     cordons: tuple[Cordon, ...] = ()
+    kept_layout: KeptLayout | None = None
+    """How the GPUs were cut by us when that was last changed."""
     warning: str = ""
 
 
@@ -160,7 +173,7 @@ def _key(record: Record) -> str:
         return f"{record.gpu}/{record.place}"
     if isinstance(record, Cordon):
         return record.gpu
-    if isinstance(record, LayoutChange):
+    if isinstance(record, LayoutChange | KeptLayout):
         return "current"  # There is one at a time.
     return record.name
 
@@ -250,4 +263,5 @@ def _read(database: sqlite3.Connection) -> Contents:
         owned=tuple(records["instance"]),
         layout_change=next(iter(records["layout"]), None),
         cordons=tuple(records["cordon"]),
+        kept_layout=next(iter(records["kept layout"]), None),
     )

@@ -222,6 +222,13 @@ class AppliedLayout(msgspec.Struct, frozen=True):
     ended: tuple[Holder, ...] = ()
 
 
+class KeptLayout(msgspec.Struct, frozen=True):
+    """How the GPUs were last cut by us, as a layout file, and in which boot of the host."""
+
+    text: str
+    boot_id: str
+
+
 class Result(msgspec.Struct, frozen=True):
     """How an operation succeeded."""
 
