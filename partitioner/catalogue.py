@@ -65,7 +65,10 @@ class MigProfile(StrictModel):
 
 
 class Board(StrictModel):
-    """One GPU model. Memory is in MiB as NVML reports it; `sm_count` is that of the whole GPU."""
+    """One GPU model. Memory is in MiB as NVML reports it; `sm_count` is that of the whole GPU.
+
+    `memory_gb_per_s` is the bandwidth that the vendor gives, 0 where it is not known.
+    """
 
     product: Annotated[str, Field(min_length=1, max_length=95)]
     aliases: tuple[str, ...] = ()
@@ -76,6 +79,7 @@ class Board(StrictModel):
     pci_device_ids: Annotated[tuple[int, ...], Field(min_length=1)]
     pcie_generation: Annotated[int, Field(ge=1, le=7)]
     pcie_lanes: Literal[1, 2, 4, 8, 16]
+    memory_gb_per_s: Annotated[int, Field(ge=0, le=100_000)] = 0
     power_limit_w: Positive
     memory_slots: Annotated[int, Field(ge=0, le=MAX_MEMORY_SLOTS)] = 0
     compute_slices: Count = 0

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from daemon.gpuctl import cli_gpus, cli_layouts, cli_models, cli_moves, cli_simulation
+from daemon.gpuctl import cli_gpus, cli_layouts, cli_models, cli_moves, cli_placing, cli_simulation
 from daemon.gpuctl.complete import completion_script
 from daemon.gpuctl.exits import Exit
 from daemon.gpuctl.options import (
@@ -56,7 +56,11 @@ def build() -> typer.Typer:
     app.add_typer(models, name="model")
     layouts = _group("Look at how GPUs are cut, and plan how they could be.")
     cli_layouts.declare(layouts)
+    cli_placing.declare_defragmentation(layouts)
     app.add_typer(layouts, name="part")
+    placing = _group("Plan which models go where.")
+    cli_placing.declare(placing)
+    app.add_typer(placing, name="plan")
     gpus = _group("Look at GPUs' health, and keep models off a GPU.")
     cli_gpus.declare(gpus)
     app.add_typer(gpus, name="gpu")

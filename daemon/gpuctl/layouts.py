@@ -105,10 +105,11 @@ def plan(session: Session, file: str) -> None:
     if session.json:
         print_json(answer)
         return
-    _show(answer)
+    show_plan(answer)
 
 
-def _show(answer: partition_pb2.LayoutPlan) -> None:
+def show_plan(answer: partition_pb2.LayoutPlan) -> None:
+    """A plan of a layout, step by step."""
     rows = [[action, name, note] for action, name, note in _steps(answer)]
     print_table(PLAN_COLUMNS, rows, "the file asks for nothing")
     print_line()
@@ -157,7 +158,7 @@ def apply(session: Session, plan_id: str, file: str, how: How) -> None:
         planned = _ask(session, file)
         plan_id = planned.plan_id
         if not session.json:
-            _show(planned)
+            show_plan(planned)
             print_line()
     end_pids = _whom_to_end(session, plan_id, named=not file, how=how) if how.force else ()
     operation = session.client.apply_layout(
@@ -242,10 +243,11 @@ def export(session: Session) -> None:
 
 def _ask(session: Session, file: str) -> partition_pb2.LayoutPlan:
     source = "standard input" if file == "-" else file
-    return session.client.plan_layout(_read(file), source=source)
+    return session.client.plan_layout(read_file(file), source=source)
 
 
-def _read(file: str) -> str:
+def read_file(file: str) -> str:
+    """The text of a file, or of standard input for `-`."""
     try:
         if file == "-":
             content = sys.stdin.buffer.read(LAYOUT_BYTES_MAX + 1)

@@ -32,6 +32,8 @@ from hotbay.v1 import (
     node_pb2_grpc,
     partition_pb2,
     partition_pb2_grpc,
+    placement_pb2,
+    placement_pb2_grpc,
     simulation_pb2,
     simulation_pb2_grpc,
     watch_pb2,
@@ -44,6 +46,8 @@ RECONNECT_S = 30.0
 PULL_CALL_TIMEOUT_S = 30.0
 # The driver may take its time, and so may the host's disks.
 EXAMINE_TIMEOUT_S = 45.0
+# A search over the whole node, on a host that may be busy serving.
+PLACEMENT_TIMEOUT_S = 60.0
 
 InFlight = Literal["default", "drain", "preserve", "recompute", "abort"]
 
@@ -68,6 +72,7 @@ class Client:
         self._connection = Connection(endpoint, timeout_s=timeout_s)
         self._nodes = self._connection.stub(node_pb2_grpc.NodeServiceStub)
         self._partitions = self._connection.stub(partition_pb2_grpc.PartitionServiceStub)
+        self._placements = self._connection.stub(placement_pb2_grpc.PlacementServiceStub)
         self._models = self._connection.stub(model_pb2_grpc.ModelServiceStub)
         self._doctor = self._connection.stub(doctor_pb2_grpc.DoctorServiceStub)
         self._simulation = self._connection.stub(simulation_pb2_grpc.SimulationServiceStub)
@@ -163,6 +168,30 @@ class Client:
             validate_only=validate_only,
         )
         return self._connection.call(self._partitions.ApplyLayout, request)
+
+    def plan_placement(self, models: str, *, source: str = "") -> placement_pb2.PlacementPlan:
+        """A layout and a place for each model of a models file, as far as there is one.
+
+        `source` is what errors call the file. Raises InvalidArgument, naming the line.
+        """
+        request = placement_pb2.PlanPlacementRequest(models=models, source=source)
+        answer: placement_pb2.PlacementPlan = self._connection.call(
+            self._placements.PlanPlacement, request, timeout_s=PLACEMENT_TIMEOUT_S
+        )
+        return answer
+
+    def plan_defragmentation(
+        self, *, worth_ms_per_gib: float = 0.0
+    ) -> placement_pb2.DefragmentationPlan:
+        """Which partitions are worth moving; its plan is applied by `apply_layout`.
+
+        `worth_ms_per_gib` is how long a model may be away for each GiB that becomes of use.
+        """
+        request = placement_pb2.PlanDefragmentationRequest(worth_ms_per_gib=worth_ms_per_gib)
+        answer: placement_pb2.DefragmentationPlan = self._connection.call(
+            self._placements.PlanDefragmentation, request, timeout_s=PLACEMENT_TIMEOUT_S
+        )
+        return answer
 
     def layout(self) -> str:
         """The present layout as a file; planning that file changes nothing."""

@@ -21,6 +21,7 @@ from hotbay.v1 import (
     model_pb2,
     node_pb2,
     partition_pb2,
+    placement_pb2,
     scheduling_pb2,
     tenant_pb2,
     watch_pb2,
@@ -37,6 +38,7 @@ WORKING = {
         *("ListPartitions", "GetPartition", "PlanLayout", "ListProfiles", "GetLayout"),
         "ApplyLayout",
     },
+    "PlacementService": {"PlanPlacement", "PlanDefragmentation"},
     "ModelService": {
         *("RegisterModel", "PullModel", "ListModels", "GetModel"),
         *("LoadModel", "UnloadModel", "StageModel", "SwapModel", "DrainModel", "ResumeModel"),
@@ -52,6 +54,7 @@ SERVICES = [
     for module in (
         node_pb2,
         partition_pb2,
+        placement_pb2,
         model_pb2,
         doctor_pb2,
         watch_pb2,

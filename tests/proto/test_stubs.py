@@ -17,7 +17,15 @@ from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from hotbay.v1 import model_pb2, node_pb2, partition_pb2, scheduling_pb2, tenant_pb2, watch_pb2
+from hotbay.v1 import (
+    model_pb2,
+    node_pb2,
+    partition_pb2,
+    placement_pb2,
+    scheduling_pb2,
+    tenant_pb2,
+    watch_pb2,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "proto"
@@ -25,12 +33,13 @@ SERVICES = (
     "hotbay.v1.ModelService",
     "hotbay.v1.NodeService",
     "hotbay.v1.PartitionService",
+    "hotbay.v1.PlacementService",
     "hotbay.v1.SchedulingService",
     "hotbay.v1.TenantService",
     "hotbay.v1.WatchService",
     "google.longrunning.Operations",
 )
-FILES = (model_pb2, node_pb2, partition_pb2, scheduling_pb2, tenant_pb2, watch_pb2)
+FILES = (model_pb2, node_pb2, partition_pb2, placement_pb2, scheduling_pb2, tenant_pb2, watch_pb2)
 
 
 def run_script(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

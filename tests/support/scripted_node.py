@@ -33,6 +33,8 @@ from hotbay.v1 import (
     node_pb2_grpc,
     partition_pb2,
     partition_pb2_grpc,
+    placement_pb2,
+    placement_pb2_grpc,
     simulation_pb2,
     simulation_pb2_grpc,
     watch_pb2,
@@ -132,6 +134,8 @@ class ScriptedNode:
             )
         ]  # fmt: skip
         self.layout_plan = partition_pb2.LayoutPlan(plan_id="plan-0")
+        self.placement = placement_pb2.PlacementPlan()
+        self.defragmentation = placement_pb2.DefragmentationPlan()
         self.examination = doctor_pb2.Examination()
         # Whom forcing a layout ends.
         self.ended: list[partition_pb2.ForeignProcess] = []
@@ -144,6 +148,9 @@ class ScriptedNode:
         doctor_pb2_grpc.add_DoctorServiceServicer_to_server(DoctorAnswers(self), self._server)
         partition_pb2_grpc.add_PartitionServiceServicer_to_server(
             PartitionAnswers(self), self._server
+        )
+        placement_pb2_grpc.add_PlacementServiceServicer_to_server(
+            PlacementAnswers(self), self._server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelAnswers(self), self._server)
         simulation_pb2_grpc.add_SimulationServiceServicer_to_server(
@@ -318,6 +325,16 @@ class PartitionAnswers(Answers, partition_pb2_grpc.PartitionServiceServicer):
     def GetLayout(self, request: Any, context: Any) -> partition_pb2.Layout:
         self.node.take("GetLayout", request, context)
         return partition_pb2.Layout(text="version: 1\n")
+
+
+class PlacementAnswers(Answers, placement_pb2_grpc.PlacementServiceServicer):
+    def PlanPlacement(self, request: Any, context: Any) -> placement_pb2.PlacementPlan:
+        self.node.take("PlanPlacement", request, context)
+        return self.node.placement
+
+    def PlanDefragmentation(self, request: Any, context: Any) -> placement_pb2.DefragmentationPlan:
+        self.node.take("PlanDefragmentation", request, context)
+        return self.node.defragmentation
 
 
 class ModelAnswers(Answers, model_pb2_grpc.ModelServiceServicer):

@@ -77,7 +77,7 @@ class Layouts:
 
     async def _planned(self, text: str, source: str) -> tuple[Plan, tuple[GpuState, ...]]:
         states = tuple(await self._states())
-        costs = Costs(move_ms=self._move_ms())
+        costs = self.costs()
         try:
             # A search, though a short one: the loop that serves everybody does not wait for it.
             plan = await asyncio.to_thread(plan_file, text, source or "layout", states, costs)
@@ -116,8 +116,17 @@ class Layouts:
         except NvmlError as error:
             raise Refused(f"the GPUs cannot be read: {error}", reason="GPU_LOST") from error
 
+    async def look(self) -> list[tuple[Gpu, GpuState]]:
+        """Each GPU that answers, and how it is cut now."""
+        owned = self._world.owned
+        return [(gpu, _state(gpu, geometry, owned)) for gpu, geometry in await self._read()]
+
+    def costs(self) -> Costs:
+        """What changes would cost the models that are placed."""
+        return Costs(move_ms=self._move_ms())
+
     async def _states(self) -> list[GpuState]:
-        return [_state(gpu, geometry, self._world.owned) for gpu, geometry in await self._read()]
+        return [state for _, state in await self.look()]
 
     def _move_ms(self) -> Mapping[str, float]:
         """For each partition with models: how long their weights take to be copied again."""

@@ -11,6 +11,7 @@ from hotbay.v1 import (
     model_pb2,
     node_pb2,
     partition_pb2,
+    placement_pb2,
     scheduling_pb2,
     simulation_pb2,
     tenant_pb2,
@@ -21,6 +22,7 @@ from daemon.control.actions.conductor import Conductor
 from daemon.control.actions.images import Images
 from daemon.control.actions.layout_changes import LayoutChanges
 from daemon.control.actions.layouts import Layouts
+from daemon.control.actions.placing import Placing
 from daemon.control.actions.pulls import Pulls
 from daemon.control.actions.routing import Router
 from daemon.control.services import answers, views
@@ -28,6 +30,7 @@ from daemon.control.services.doctor import DoctorService
 from daemon.control.services.models import ModelService
 from daemon.control.services.nodes import NodeService, PartitionService
 from daemon.control.services.operations import OperationsService, WatchService
+from daemon.control.services.placing import PlacementService
 from daemon.control.services.server import Server
 from daemon.control.services.simulation import SimulationService
 from daemon.control.services.watch import Hub
@@ -56,6 +59,7 @@ def make_server(
     implementations: dict[str, object | None] = {
         "NodeService": node_service,
         "PartitionService": PartitionService(world, operations, layouts, layout_changes),
+        "PlacementService": PlacementService(Placing(world, layouts)),
         "ModelService": ModelService(world, operations, conductor, router, images, pulls),
         "DoctorService": doctor,
         "WatchService": WatchService(hub),
@@ -65,6 +69,7 @@ def make_server(
     files = (
         node_pb2.DESCRIPTOR,
         partition_pb2.DESCRIPTOR,
+        placement_pb2.DESCRIPTOR,
         model_pb2.DESCRIPTOR,
         doctor_pb2.DESCRIPTOR,
         watch_pb2.DESCRIPTOR,
