@@ -23,6 +23,7 @@ from daemon.control.errors import ConfigInvalid
 from daemon.control.processor import computes_bfloat16
 from engine.link.build import PACKED_DTYPE
 from engine.link.control import WEIGHT_MAX, WEIGHT_MIN, InFlight
+from engine.link.directories import runtime_dir_problem
 
 PORT_MAX = 65535
 HUB_ENDPOINT = "https://huggingface.co"
@@ -179,8 +180,7 @@ AfterReboot = Literal["apply", "wait"]
 
 
 class Partitions(Section):
-    """How GPUs are cut. Instances do not outlive a reboot: `after_reboot` "apply" makes those that
-    hotbayd had made again when it first starts, "wait" leaves that to a call, and warns."""
+    """After a reboot instances that hotbayd had made are made again, or a warning says they wait."""
 
     after_reboot: AfterReboot = "apply"
 
@@ -325,6 +325,8 @@ def _complete(config: Config, environment: Mapping[str, str]) -> Config:
         if not root and not base:
             raise ConfigInvalid("XDG_RUNTIME_DIR is not set: give --runtime-dir DIR")
         runtime = "/run/hotbay" if root else f"{base}/hotbay"
+    if problem := runtime_dir_problem(Path(runtime)):
+        raise ConfigInvalid(problem)
     state = node.state_dir or environment.get("STATE_DIRECTORY", "")
     if not state:
         base = environment.get("XDG_STATE_HOME", str(home / ".local/state"))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.limits import STRICT_STEP_TOKENS_MAX
+from engine.link.directories import SOCKET_PATH_BYTES_MAX, worker_directory
 from engine.worker.errors import OptionInvalid
 from engine.worker.failpoints import FailPoint, Trigger, parse_failpoints
 from swap.shared_link import SWAP_WAIT_S_MAX
@@ -23,8 +24,6 @@ CUDA_PAGE_BYTES = 64 << 20
 WORKSPACE_BYTES = 3 << 30
 STEP_TOKENS = 512
 PARKING_BYTES = 1 << 30
-SOCKET_PATH_BYTES_MAX = 107
-"""What the kernel's address of a Unix socket holds."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Options:
 
     @property
     def directory(self) -> Path:
-        return self.runtime_dir / "workers" / self.partition
+        return worker_directory(self.runtime_dir, self.partition)
 
     @property
     def link_file(self) -> Path:

@@ -27,6 +27,7 @@ from daemon.control.processes.place import (
 )
 from daemon.control.processes.worker_client import WorkerClient
 from engine.link import routes
+from engine.link.directories import worker_directory
 from engine.link.errors import LinkError
 
 RESTART_DELAY_S_MIN = 0.1
@@ -157,7 +158,7 @@ class Fleet:
         await asyncio.gather(*self._keepers.values(), return_exceptions=True)
 
     def _place(self, partition: str) -> Place:
-        directory = self._commands.runtime_dir / "workers" / partition
+        directory = worker_directory(self._commands.runtime_dir, partition)
         return Place(WORKER, partition, directory, self._commands, self._events)
 
     def _employ(self, place: Place) -> None:

@@ -25,10 +25,10 @@ from grpc_status import rpc_status
 from daemon.control.errors import ControlError, Refused
 from daemon.control.services.answers import status
 from daemon.control.state.failures import failure_of
+from engine.link.directories import SOCKET_PATH_BYTES_MAX
 from engine.link.errors import LinkError
 from swap.errors import SwapError
 
-SOCKET_PATH_BYTES_MAX = 107
 STOP_GRACE_S = 1.0
 
 log = logging.getLogger(__name__)
