@@ -180,7 +180,7 @@ AfterReboot = Literal["apply", "wait"]
 
 
 class Partitions(Section):
-    """After a reboot instances that hotbayd had made are made again, or a warning says they wait."""
+    """After a reboot instances that hotbayd had made are made again, or named in a warning."""
 
     after_reboot: AfterReboot = "apply"
 
