@@ -8,14 +8,18 @@ that is in both layouts is in no step, and neither is one that is not ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
 from partitioner.errors import LayoutMovedError
 from partitioner.geometry import Instance
 from partitioner.gpu import Gpu, MigInstance
-from partitioner.layout import GpuPlan, GpuState, MigChange, Plan
+from partitioner.layout import GpuPlan, GpuState, MigChange, Plan, Share, share_ids
+
+Shares = Mapping[Instance | None, tuple[Share, ...]]
+_NOTHING: Shares = MappingProxyType({})
 
 
 class Action(StrEnum):
@@ -28,13 +32,16 @@ class Action(StrEnum):
     CLEAR = "take over"
     COMPLETE = "complete"
     CREATE = "create"
+    SHARE = "share"
+    UNSHARE = "stop sharing"
 
 
 @dataclass(frozen=True)
 class Step:
     """One change of one GPU, with the identity of what it changes.
 
-    `number` is NVML's of the instance, `generation` that in which it was decided.
+    `number` is NVML's of the instance, `generation` that in which it was decided. What shares are
+    made in a place is not in the step, but in the cut.
     """
 
     action: Action
@@ -69,11 +76,35 @@ class Owned:
 
 
 @dataclass(frozen=True)
+class Divided:
+    """A place, the whole GPU (None) or an instance, and the MPS shares in it."""
+
+    place: Instance | None
+    shares: tuple[Share, ...]
+
+
+@dataclass(frozen=True)
 class Cut:
     """How one GPU is cut, instances that are not ours left out."""
 
     mig_enabled: bool
     instances: tuple[Instance, ...] = ()
+    divided: tuple[Divided, ...] = ()
+
+    @property
+    def shares(self) -> dict[Instance | None, tuple[Share, ...]]:
+        """The shares of each place that has any."""
+        return {each.place: each.shares for each in self.divided}
+
+    def partitions(self, index: int) -> dict[str, Share | None]:
+        """The partitions of GPU `index`, each with its share's limits."""
+        places: tuple[Instance | None, ...] = self.instances if self.mig_enabled else (None,)
+        named: dict[str, Share | None] = {}
+        for place in places:
+            parent = f"gpu{index}" if place is None else f"gpu{index}/{place}"
+            shares = self.shares.get(place, ())
+            named.update(zip(share_ids(parent, shares), shares or (None,), strict=True))
+        return named
 
 
 @dataclass(frozen=True)
@@ -123,25 +154,35 @@ def _gpu_change(plan: GpuPlan, state: GpuState) -> GpuChange:
     foreign = tuple(sorted(plan.foreign_instances))
     own = tuple(sorted(set(state.instances) - set(foreign)))
     mig = state.mig_enabled if plan.mig_change is MigChange.NONE else not state.mig_enabled
-    after = Cut(mig, tuple(sorted(plan.chosen)))
-    before = Cut(state.mig_enabled, own)
+    after = Cut(mig, tuple(sorted(plan.chosen)), _divided(plan.shares))
+    # Instances that are not ours are not shared by us, whatever is left under their name.
+    shares = {place: each for place, each in state.shares.items() if place not in foreign}
+    before = Cut(state.mig_enabled, own, _divided(shares))
     return GpuChange(plan.uuid, plan.index, before, after, foreign, plan.reset, plan.cleared)
 
 
-def next_step(gpu: Gpu, change: GpuChange, *, forward: bool) -> Step | None:
+def _divided(shares: Shares) -> tuple[Divided, ...]:
+    places = sorted(shares, key=str)
+    return tuple(Divided(place, shares[place]) for place in places if shares[place])
+
+
+def next_step(
+    gpu: Gpu, change: GpuChange, *, forward: bool, shared: Shares = _NOTHING
+) -> Step | None:
     """What is to be done now to come to the new cut, or back to the old one; None: it is there.
 
-    Raises `LayoutMovedError` where somebody else has changed what was to be kept.
+    `shared` is what places are divided into now, nothing where that is only half done. Raises
+    `LayoutMovedError` where somebody else has changed what was to be kept.
     """
-    return next(_steps(gpu, change, forward), None)
+    return next(_steps(gpu, change, forward, shared), None)
 
 
-def steps_left(gpu: Gpu, change: GpuChange) -> tuple[Step, ...]:
+def steps_left(gpu: Gpu, change: GpuChange, shared: Shares = _NOTHING) -> tuple[Step, ...]:
     """Every step to the new cut, if nothing comes between."""
-    return tuple(_steps(gpu, change, True))
+    return tuple(_steps(gpu, change, True, shared))
 
 
-def _steps(gpu: Gpu, change: GpuChange, forward: bool) -> Iterator[Step]:
+def _steps(gpu: Gpu, change: GpuChange, forward: bool, shared: Shares) -> Iterator[Step]:
     if gpu.instances is None:
         raise LayoutMovedError(f"gpu{change.index}: its instances cannot be seen any more")
     if not gpu.mig_capable and (change.before.mig_enabled or change.after.mig_enabled):
@@ -165,6 +206,9 @@ def _steps(gpu: Gpu, change: GpuChange, forward: bool) -> Iterator[Step]:
     def step(action: Action, place: Instance | None = None, number: int = 0) -> Step:
         return Step(action, change.gpu, place, number, gpu.generation)
 
+    # A server holds its instance, so it goes before that does, and comes after it.
+    for divided in sorted(set(shared) - set(target.shares), key=str):
+        yield step(Action.UNSHARE, divided)
     for each in ours:
         if each.place not in target.instances:
             yield step(Action.DESTROY, each.place, each.number)
@@ -175,6 +219,9 @@ def _steps(gpu: Gpu, change: GpuChange, forward: bool) -> Iterator[Step]:
             yield step(Action.COMPLETE, each.place, each.number)
     for place in missing:
         yield step(Action.CREATE, place)
+    for wanted in target.divided:
+        if shared.get(wanted.place) != wanted.shares:
+            yield step(Action.SHARE, wanted.place)
 
 
 def _mode_steps(gpu: Gpu, change: GpuChange, wanted: bool) -> Iterator[Action]:

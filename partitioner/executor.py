@@ -10,11 +10,11 @@ error.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from partitioner.cutting import Action, GpuChange, LayoutChange, Step, next_step, steps_left
+from partitioner.cutting import Action, Cut, GpuChange, LayoutChange, Step, next_step, steps_left
 from partitioner.errors import (
     ChangeCancelledError,
     ChangeNotMadeError,
@@ -26,9 +26,14 @@ from partitioner.errors import (
 )
 from partitioner.geometry import Instance
 from partitioner.gpu import Gpu, Telemetry
+from partitioner.layout import Share
 
 MAX_STEPS_PER_GPU = 64
 """More than any board has instances to destroy and create; a change that takes more is stuck."""
+
+
+DISTURBING_NOBODY = frozenset({Action.CREATE, Action.COMPLETE, Action.SHARE, Action.UNSHARE})
+"""What takes nothing from processes that are not ours."""
 
 
 class Driver(Protocol):
@@ -49,6 +54,15 @@ class Driver(Protocol):
     ) -> None: ...
 
 
+class Sharing(Protocol):
+    """The places under MPS; see `partitioner.mps.places.MpsPlaces`."""
+
+    async def shared(self, gpu: str) -> Mapping[Instance | None, tuple[Share, ...]]: ...
+    async def share(self, gpu: Gpu, place: Instance | None, shares: tuple[Share, ...]) -> None: ...
+    async def unshare(self, gpu: str, place: Instance | None) -> None: ...
+    def pids(self) -> frozenset[int]: ...
+
+
 Note = Callable[[LayoutChange], Awaitable[None]]
 Begun = Callable[[Step, int, int], None]
 
@@ -56,16 +70,17 @@ Begun = Callable[[Step, int, int], None]
 class Executor:
     """Drives GPUs to one of two layouts. `note` makes a change durable, in place of the last."""
 
-    def __init__(self, driver: Driver, note: Note) -> None:
+    def __init__(self, driver: Driver, sharing: Sharing, note: Note) -> None:
         self._driver = driver
+        self._sharing = sharing
         self._note = note
 
     async def refuse_held(self, change: LayoutChange, own_pids: Iterable[int] = ()) -> None:
         """Raise `InstanceHeldError` when a process not ours uses what the change takes away."""
-        own = frozenset(own_pids)
+        own = frozenset(own_pids) | self._sharing.pids()
         for each in change.gpus:
             gpu = await self._driver.reread(each.gpu)
-            for step in steps_left(gpu, each):
+            for step in steps_left(gpu, each, await self._sharing.shared(each.gpu)):
                 await self._refuse_held(step, each, own)
             for instance in gpu.instances or ():
                 if instance.place in each.cleared:
@@ -76,10 +91,10 @@ class Executor:
 
     async def holders(self, change: LayoutChange, own_pids: Iterable[int] = ()) -> dict[int, str]:
         """The processes not ours on what the change takes away or clears, and where they are."""
-        own, found = frozenset(own_pids), {}
+        own, found = frozenset(own_pids) | self._sharing.pids(), {}
         for each in change.gpus:
             gpu = await self._driver.reread(each.gpu)
-            steps = steps_left(gpu, each)
+            steps = [step for step in steps_left(gpu, each) if step.action not in DISTURBING_NOBODY]
             whole = any(step.place is None for step in steps)
             gone = {step.number for step in steps if step.action is Action.DESTROY}
             places = {one.number: one.place for one in gpu.instances or ()}
@@ -119,10 +134,8 @@ class Executor:
 
     async def settle(self, change: LayoutChange) -> bool:
         """After a crash: whether the new layout is there; where it is not, the old one is now."""
-        gpus = [await self._driver.reread(each.gpu) for each in change.gpus]
-        pairs = zip(gpus, change.gpus, strict=True)
         try:
-            if all(next_step(gpu, each, forward=True) is None for gpu, each in pairs):
+            if not [each for each in change.gpus if await self._next(each, forward=True)]:
                 return True
         except LayoutMovedError:
             pass  # The new layout cannot be reached any more.
@@ -143,15 +156,17 @@ class Executor:
         forward: bool,
     ) -> tuple[Gpu, ...]:
         gpus = [await self._driver.reread(each.gpu) for each in change.gpus]
+        own_pids |= self._sharing.pids()
         total = 0
         if forward:
-            pairs = zip(gpus, change.gpus, strict=True)
-            total = sum(len(steps_left(gpu, each)) for gpu, each in pairs)
+            for gpu, each in zip(gpus, change.gpus, strict=True):
+                total += len(steps_left(gpu, each, await self._sharing.shared(each.gpu)))
         number = 0
         for position, each in enumerate(change.gpus):
             last: Step | None = None
             for _ in range(MAX_STEPS_PER_GPU):
-                step = next_step(gpus[position], each, forward=forward)
+                shared = await self._sharing.shared(each.gpu)
+                step = next_step(gpus[position], each, forward=forward, shared=shared)
                 if step is None:
                     break
                 if step.same_as(last):
@@ -166,7 +181,8 @@ class Executor:
                 number += 1
                 begun(step, number, max(number, total))
                 await self._note(replace(change, step=step))
-                await self._act(step, each)
+                target = each.after if forward else each.before
+                await self._act(step, each, gpus[position], target)
                 last = step
                 gpus[position] = await self._driver.reread(each.gpu)
             else:
@@ -175,10 +191,19 @@ class Executor:
                 )
         return tuple(gpus)
 
-    async def _act(self, step: Step, change: GpuChange) -> None:
+    async def _next(self, change: GpuChange, *, forward: bool) -> Step | None:
+        gpu = await self._driver.reread(change.gpu)
+        shared = await self._sharing.shared(change.gpu)
+        return next_step(gpu, change, forward=forward, shared=shared)
+
+    async def _act(self, step: Step, change: GpuChange, found: Gpu, target: Cut) -> None:
         driver, gpu, generation = self._driver, step.gpu, step.generation
         if step.action is Action.RESET:
             await driver.reset_gpu(gpu, generation)
+        elif step.action is Action.SHARE:
+            await self._sharing.share(found, step.place, target.shares[step.place])
+        elif step.action is Action.UNSHARE:
+            await self._sharing.unshare(gpu, step.place)
         elif step.place is None:
             enabled = step.action is Action.ENABLE
             await driver.set_mig_mode(gpu, generation, enabled, may_wait=change.reset)
@@ -191,7 +216,7 @@ class Executor:
 
     async def _refuse_held(self, step: Step, change: GpuChange, own: frozenset[int]) -> None:
         """Who holds it is asked and named here: the driver would refuse without a name."""
-        if step.action in (Action.CREATE, Action.COMPLETE):
+        if step.action in DISTURBING_NOBODY:
             return
         told = await self._driver.telemetry(step.gpu, step.generation)
         pids = sorted(

@@ -141,6 +141,8 @@ class GpuPlan:
     fragmentation_before: float
     fragmentation_after: float
     downtime_ms: float
+    shares: Mapping[Instance | None, tuple[Share, ...]] = field(default_factory=dict)
+    """What the whole GPU (None) or its instances are to be divided into."""
 
     @property
     def changes(self) -> bool:

@@ -8,11 +8,12 @@ ids, in the same order.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from partitioner.cutting import Owned
 from partitioner.gpu import Gpu, GpuHealth
+from partitioner.mps.shared import SharedPlace
 
 
 class PartitionKind(StrEnum):
@@ -42,6 +43,10 @@ class Partition:
     generation: int
     link: str = ""
     device_uuid: str = ""
+    place_bytes: int = 0
+    """Of a share: the memory of the GPU or instance that it is a share of."""
+    thread_percent: int = 100
+    """At most so much of the place's threads."""
 
 
 def whole_partitions(gpus: Iterable[Gpu]) -> tuple[Partition, ...]:
@@ -67,9 +72,14 @@ def whole_partitions(gpus: Iterable[Gpu]) -> tuple[Partition, ...]:
 
 
 def partitions_of(
-    gpus: Iterable[Gpu], owned: Iterable[Owned], boot_id: str
+    gpus: Iterable[Gpu],
+    owned: Iterable[Owned],
+    boot_id: str,
+    shared: Iterable[SharedPlace] = (),
 ) -> tuple[Partition, ...]:
     """The partitions that can serve: whole GPUs, and those instances that are marked as ours.
+
+    Those that are shared are replaced by their shares.
 
     Left out are instances of others and such as are only half made. In order of GPU and slot.
     """
@@ -93,6 +103,27 @@ def partitions_of(
         if each.uuid and any(mark.marks(gpu.uuid, each, boot_id) for mark in marks)
     ]
     # Stable: the instances of a GPU stay in the order of their slots.
+    places = {(each.name, each.device): each for each in shared}
     return tuple(
-        sorted([*whole_partitions(found), *instances], key=lambda partition: partition.gpu_index)
+        part
+        for whole in sorted([*whole_partitions(found), *instances], key=lambda one: one.gpu_index)
+        for part in _divided(whole, places.get((whole.id, whole.device_uuid or whole.gpu_uuid)))
+    )
+
+
+def _divided(whole: Partition, shared: SharedPlace | None) -> Iterable[Partition]:
+    """A place, or its shares."""
+    if shared is None:
+        return (whole,)
+    return (
+        replace(
+            whole,
+            id=name,
+            kind=PartitionKind.MPS,
+            memory_bytes=limits.memory_bytes,
+            sm_count=whole.sm_count * limits.thread_percent // 100,
+            place_bytes=whole.memory_bytes,
+            thread_percent=limits.thread_percent,
+        )
+        for name, limits in zip(shared.partitions, shared.limits, strict=True)
     )

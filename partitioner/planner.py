@@ -123,6 +123,7 @@ def _plan_gpu(state: GpuState, wish: GpuWanted, costs: Costs) -> GpuPlan:
         fragmentation_before=fragmentation(state.geometry, (*own, *foreign)),
         fragmentation_after=fragmentation(state.geometry, (*chosen, *foreign)),
         downtime_ms=downtime_ms,
+        shares=_wanted_shares(wish, chosen),
     )
 
 
@@ -146,6 +147,16 @@ def _wanted_partitions(
         return _by_name([(state.partition_id(None), wish.shares)])
     pairs = sorted(zip(chosen, wish.instances, strict=True), key=lambda pair: pair[0])
     return _by_name((state.partition_id(place), each.shares) for place, each in pairs)
+
+
+def _wanted_shares(
+    wish: GpuWanted, chosen: tuple[Instance, ...]
+) -> dict[Instance | None, tuple[Share, ...]]:
+    """The places that are to be shared."""
+    if wish.instances is None:
+        return {None: wish.shares} if wish.shares else {}
+    pairs = zip(chosen, wish.instances, strict=True)
+    return {place: each.shares for place, each in pairs if each.shares}
 
 
 def _by_name(places: Iterable[tuple[str, tuple[Share, ...]]]) -> dict[str, Share | None]:

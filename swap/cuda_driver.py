@@ -69,6 +69,9 @@ class Driver(Protocol):
     def granularity(self, device: int) -> int:
         """Bytes that sizes of physical handles, and what is mapped, must be multiples of."""
 
+    def multiprocessors(self, device: int) -> int:
+        """How many of them this process may compute on."""
+
     def pitch_bytes_max(self, device: int) -> int:
         """How far apart the rows of one copy may lie."""
 
@@ -165,6 +168,10 @@ class CudaDriver:
         minimum = kinds.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         properties = self._properties(device)
         return int(self._call("cuMemGetAllocationGranularity", properties, minimum))
+
+    def multiprocessors(self, device: int) -> int:
+        attribute = self._cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        return int(self._call("cuDeviceGetAttribute", attribute, device))
 
     def pitch_bytes_max(self, device: int) -> int:
         attribute = self._cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_PITCH

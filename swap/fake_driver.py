@@ -67,6 +67,7 @@ class FakeDriver:
         clock: Clock | None = None,
         unmaps_ranges: bool = True,
         pitch_bytes_max: int = PITCH_BYTES_MAX,
+        multiprocessors: int = 132,
     ) -> None:
         self.refuse = Refusals()
         self.calls: collections.Counter[str] = collections.Counter()
@@ -76,6 +77,7 @@ class FakeDriver:
         self._memory = FakeMemory(memory_bytes)
         self._memory.unmaps_ranges = unmaps_ranges
         self._pitch_bytes_max = pitch_bytes_max
+        self._multiprocessors = multiprocessors
         self._initialised = False
         self._contexts = 0
         self._current = threading.local()
@@ -141,6 +143,10 @@ class FakeDriver:
     def granularity(self, device: int) -> int:
         self._check_device("cuMemGetAllocationGranularity", device)
         return GRANULARITY_BYTES
+
+    def multiprocessors(self, device: int) -> int:
+        self._check_device("cuDeviceGetAttribute", device)
+        return self._multiprocessors
 
     def pitch_bytes_max(self, device: int) -> int:
         self._check_device("cuDeviceGetAttribute", device)

@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 from google.protobuf.message import Message
 
@@ -27,6 +26,7 @@ from daemon.control.actions.layouts import Layouts
 from daemon.control.actions.pulls import Pullers, Pulls
 from daemon.control.actions.recovery import Recovery
 from daemon.control.actions.routing import Router
+from daemon.control.actions.share_watch import ShareWatch
 from daemon.control.actions.spare_memory import SpareKeeper
 from daemon.control.actions.stage_ahead import StageAhead
 from daemon.control.actions.transitions import Transitions
@@ -41,6 +41,7 @@ from daemon.control.processes.gateway_client import GatewayClient
 from daemon.control.processes.holders import holders_of
 from daemon.control.processes.place import Commands, FleetEvents
 from daemon.control.processes.puller_client import Puller
+from daemon.control.processes.share_places import share_places
 from daemon.control.processes.worker_client import WorkerClient
 from daemon.control.services import answers
 from daemon.control.services.api import make_server, snapshot
@@ -54,12 +55,13 @@ from daemon.control.state.journal import Contents, Journal
 from daemon.control.state.operations import Operations
 from daemon.control.state.records import Operation
 from daemon.control.state.registry import Registry
-from daemon.control.state.world import Processes, World
+from daemon.control.state.world import RunningFleet, World
 from engine.link.control import WorkerState
 from engine.link.routes import Demand
 from partitioner.bounded import BoundedNvml
 from partitioner.errors import PartitionerError
 from partitioner.gpu import Gpu
+from partitioner.mps.places import MpsPlaces
 from partitioner.partition import partitions_of
 from partitioner.simulated.node import SimulatedNode
 from swap.image_cache import ImageCache
@@ -67,30 +69,17 @@ from swap.store import HostStore
 
 log = logging.getLogger(__name__)
 
-
-class RunningFleet(Processes, Protocol):
-    """What the node needs of its fleet."""
-
-    async def start(self) -> None: ...
-    def add(self, partition: str) -> None: ...
-    async def settled(self, partition: str) -> None: ...
-    async def remove(self, partition: str, drain_timeout_s: float) -> None: ...
-    async def stop(self, drain_timeout_s: float) -> None: ...
-    async def kill(self) -> None: ...
-    async def detach(self) -> None: ...
-
-
 FleetMaker = Callable[[Commands, tuple[str, ...], FleetEvents], RunningFleet]
 
 
 def make_world(
-    config: Config, contents: Contents, gpus: tuple[Gpu, ...], builders: Builders
+    config: Config, contents: Contents, gpus: tuple[Gpu, ...], builders: Builders, places: MpsPlaces
 ) -> World:
     """What the journal remembers, and the GPUs that were found."""
     registry = Registry(builders, config.image_dtype, config.limits.models_max)
     registry.restore(contents)
     store = HostStore(config.host_store.budget_bytes)
-    partitions = partitions_of(gpus, contents.owned, boot_id())
+    partitions = partitions_of(gpus, contents.owned, boot_id(), places.noted())
     world = World(config, registry, store, partitions, gpus, contents.links)
     world.owned = contents.owned
     world.closures = Closures(contents.cordons)
@@ -123,11 +112,14 @@ class Node:
         self._notifier = notifier
         self._nvml = nvml
         self._contents = contents
-        self.world = world = make_world(config, contents, gpus, builders)
+        self.sharing = sharing = share_places(config, gpus)
+        self.world = world = make_world(config, contents, gpus, builders, sharing)
         self._listening = ("", "")
         log_dir = config.state_dir / "log"
         log_dir.mkdir(mode=0o700, exist_ok=True)
-        argument_lists = commands(config, world.partitions, lambda: self._listening, log_dir)
+        argument_lists = commands(
+            config, world.partitions, lambda: self._listening, log_dir, sharing.prefix
+        )
         self.fleet = make_fleet(argument_lists, tuple(world.partitions), self)
         world.processes = self.fleet
         self._journal = journal
@@ -159,7 +151,7 @@ class Node:
         self._conductor = Conductor(world, self._images, self._operations, transitions, failpoints)
         self._demand = DemandLoop(world, self._conductor, self._operations, self._router)
         self._pulls = pulls = Pulls(world, self._operations, self._conductor, self._router, pullers)
-        layouts = Layouts(world, nvml.discover, nvml.geometry)
+        layouts = Layouts(world, nvml.discover, nvml.geometry, sharing)
         self._layout_changes = LayoutChanges(
             world,
             layouts,
@@ -171,10 +163,12 @@ class Node:
             self._router,
             failpoints,
             holders_of(simulated),
+            sharing,
         )
         self._reapplying = Reapplying(
             world, layouts, self._layout_changes, journal, self._operations
         )
+        self._share_watch = ShareWatch(world, sharing, self.fleet.restart)
         self._stage_ahead = StageAhead(world, self._conductor, self._operations)
         self._recovery = Recovery(
             world,
@@ -222,6 +216,7 @@ class Node:
         open_operations = self._operations.restore(self._contents.operations)
         await self._server.start()
         await self._layout_changes.settle(self._contents.layout_change, open_operations)
+        world.warnings.extend(await self.sharing.restore())
         await self._disk.open()
         scan = asyncio.create_task(self._scan(), name="scan")
         try:
@@ -243,6 +238,7 @@ class Node:
             asyncio.create_task(self._spare.run(), name="spare memory"),
             asyncio.create_task(self._monitor.run(), name="GPU readings"),
             asyncio.create_task(self._stage_ahead.run(), name="stage ahead"),
+            asyncio.create_task(self._share_watch.run(), name="shares"),
         ]
         for task in self._tasks:
             task.add_done_callback(self._loop_ended)
@@ -265,11 +261,13 @@ class Node:
         await self._server.set_serving(False)
         await self._close_parts()
         await self.fleet.stop(drain_timeout_s)
+        await self.sharing.stop()
         await self._close_files()
 
     async def kill(self) -> None:
         """End every process at once; what was journalled is enough for the next start."""
         await self.fleet.kill()
+        await self.sharing.stop()
         await self._close_files()
 
     async def detach(self) -> None:
@@ -281,6 +279,7 @@ class Node:
             await self.fleet.detach()
         else:
             await self.fleet.stop(0.0)
+            await self.sharing.stop()
         await self._close_files()
 
     async def _close_parts(self) -> None:
@@ -351,6 +350,7 @@ class Node:
         for key in [key for key, where in world.serving.items() if where == partition]:
             world.withhold(key)
         self._images.worker_down(partition)
+        self._share_watch.wake()
         self._router.publish_soon()
         self._hub.refresh_soon()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,10 @@ COMMAND_TIMEOUT_S = 15.0
 ANSWER_BYTES_MAX = 1 << 20
 CANNOT_EXECUTE = (126, 127)
 """Exit codes of `env` when it finds no such program, or may not run it."""
+
+LONGEST_SOCKET = "control_privileged"
+SOCKET_PATH_BYTES_MAX = 107
+"""What the kernel's address of a Unix socket holds."""
 
 REAL_CONTROL = ("nvidia-cuda-mps-control",)
 
@@ -61,6 +66,12 @@ class Commands:
 
     async def launch(self, *arguments: str) -> None:
         """Have the program put its daemon in the background."""
+        socket = self.pipe_directory / LONGEST_SOCKET
+        if len(os.fsencode(socket)) > SOCKET_PATH_BYTES_MAX:
+            raise MpsCommandError(
+                f"{socket} is longer than {SOCKET_PATH_BYTES_MAX} bytes, the longest path of a "
+                "Unix socket: use a shorter --runtime-dir"
+            )
         for directory in (self.pipe_directory, self.log_directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         output = self.log_directory / "start.log"

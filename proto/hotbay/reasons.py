@@ -160,6 +160,10 @@ class Reason(StrEnum):
     PARTITION_IN_USE = (
         "PARTITION_IN_USE", Code.FAILED_PRECONDITION, "end the processes that hold it",
     )
+    MPS_UNAVAILABLE = (
+        "MPS_UNAVAILABLE", Code.FAILED_PRECONDITION,
+        "install nvidia-cuda-mps-control, or share nothing",
+    )
     IMAGE_IN_USE = (
         "IMAGE_IN_USE", Code.FAILED_PRECONDITION, "unload or unpin the models that use the image",
     )

@@ -306,10 +306,6 @@ def test_what_cannot_be_done_is_refused_before_anything_is_touched(tmp_path: Pat
     async def scenario(api: Api) -> None:
         code, reason, _, _ = await refusal(begin(api, "plan-0"))
         assert (code, reason) == (grpc.StatusCode.ABORTED, "PLAN_STALE")
-        shares = "version: 1\ngpus: [{index: 0, shares: [{threads: 50}]}]\n"
-        planned = await plan(api, shares)
-        _, reason, _, message = await refusal(begin(api, planned.plan_id))
-        assert (reason, "MPS shares" in message) == ("NOT_IMPLEMENTED", True)
         api.stage.board.inject(Fault(pynvml.NVML_ERROR_NO_PERMISSION, "nvmlDeviceSetMigMode"))
         done = await apply(api, TWO)
         assert reason_of(done) == "DRIVER_PERMISSION"

@@ -18,6 +18,7 @@ from partitioner.bounded import BoundedNvml
 from partitioner.catalogue import load_catalogue
 from partitioner.simulated.install import installed
 from partitioner.simulated.node import Fault, SimulatedNode
+from partitioner.simulated.sharing import MemorySharing
 from partitioner.simulation import parse_node
 from tests.support.control_api import Api, play, refusal
 
@@ -85,7 +86,7 @@ def with_layouts(scenario: Any) -> None:
     async def run(node: SimulatedNode) -> None:
         nvml = BoundedNvml()
         world: Any = SimpleNamespace(gpus=(), owned=(), processes=SimpleNamespace(workers={}))
-        await scenario(node, Layouts(world, nvml.discover, nvml.geometry))
+        await scenario(node, Layouts(world, nvml.discover, nvml.geometry, MemorySharing()))
         await nvml.close()
 
     node = SimulatedNode(parse_node(MIXED, "mixed.yaml", load_catalogue()))

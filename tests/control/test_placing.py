@@ -20,6 +20,7 @@ from partitioner.catalogue import load_catalogue
 from partitioner.cutting import Owned
 from partitioner.simulated.install import installed
 from partitioner.simulated.node import SimulatedNode
+from partitioner.simulated.sharing import MemorySharing
 from partitioner.simulation import parse_node
 from tests.support.control_api import Api, play, refusal
 
@@ -112,7 +113,7 @@ def scene(check: Any, *, ours: bool = True) -> None:
                 config=SimpleNamespace(worker=worker),
                 registry=None,
             )
-            layouts = Layouts(world, nvml.discover, nvml.geometry)
+            layouts = Layouts(world, nvml.discover, nvml.geometry, MemorySharing())
             await check(Placing(world, layouts), layouts, world)
             await nvml.close()
 

@@ -30,6 +30,7 @@ from partitioner.nvml import PynvmlReader
 from partitioner.resetting import Resetter
 from partitioner.simulated.install import installed
 from partitioner.simulated.node import Fault, SimulatedGpu, SimulatedNode
+from partitioner.simulated.sharing import MemorySharing
 from partitioner.simulation import GpuSpec, NodeSpec, ProcessSpec
 
 BOOT = "boot-1"
@@ -111,6 +112,7 @@ class Scene:
             ),
         )
         self.notes = Notes()
+        self.sharing = MemorySharing()
         self._untouched = {
             gpu.uuid: [each for each in gpu.instances if self._stays(gpu, each.place)]
             for gpu in self.node.gpus
@@ -121,7 +123,7 @@ class Scene:
         return place in each.kept or place in each.foreign
 
     def executor(self, crash: Callable[[bool], bool] = lambda after: False) -> Executor:
-        return Executor(Direct(crash), self.notes.note)
+        return Executor(Direct(crash), self.sharing, self.notes.note)
 
     async def apply(self, crash: Callable[[bool], bool] = lambda after: False, **more: Any) -> bool:
         """As the daemon does it: the whole intent first, and gone once one layout is there."""
@@ -247,7 +249,7 @@ def test_a_failure_of_any_call_ends_in_the_old_or_the_new_layout(code: int) -> N
         with on(classic()) as scene:
             driver = Direct()
             scene.node.inject(Fault(code, after_calls=number, times=1))
-            executor = Executor(driver, scene.notes.note)
+            executor = Executor(driver, scene.sharing, scene.notes.note)
             try:
                 asyncio.run(executor.apply(scene.change))
                 new = True
@@ -363,7 +365,7 @@ def test_success_that_cannot_be_seen_is_an_error() -> None:
                 uuid: str = arguments[0]
                 direct.reader.invalidate(uuid)
 
-        executor = Executor(Liar(), scene.notes.note)
+        executor = Executor(Liar(), scene.sharing, scene.notes.note)
         with pytest.raises(ChangeNotMadeError, match=r"did destroy gpu0/1g\.18gb@1, but"):
             asyncio.run(executor.apply(scene.change))
         assert scene.state() == "old"

@@ -20,6 +20,7 @@ from partitioner.gpu import Gpu
 from partitioner.resetting import SimulatedResetter, SmiResetter, openers, resetter_of
 from partitioner.simulated.install import installed
 from partitioner.simulated.node import Fault, SimulatedNode
+from partitioner.simulated.sharing import MemorySharing
 from partitioner.simulation import ProcessSpec, parse_simulate
 from tests.partitioner.test_executor import Crash, Direct, Notes
 
@@ -48,7 +49,7 @@ class Bench:
             return seen[0] == crash_at
 
         driver = Direct(crash, SimulatedResetter(self.node))
-        return driver, Executor(driver, self.notes.note)
+        return driver, Executor(driver, MemorySharing(), self.notes.note)
 
     def state(self) -> tuple[bool, bool, list[str]]:
         gpu = self.node.gpus[0]
@@ -104,7 +105,7 @@ def test_a_reset_that_is_refused_takes_the_mode_back(bench: Bench) -> None:
 
     late = Direct(resetter=Late(bench.node))
     with pytest.raises(ResetNeededError, match="in the way"):
-        asyncio.run(Executor(late, bench.notes.note).apply(bench.change(bench.on)))
+        asyncio.run(Executor(late, MemorySharing(), bench.notes.note).apply(bench.change(bench.on)))
     assert bench.state() == OLD, "nothing is left pending"
     late.reader.close()
     driver.reader.close()
@@ -142,7 +143,7 @@ def test_what_cannot_be_reset_back_says_so(bench: Bench) -> None:
             bench.node.gpus[0].processes = (ProcessSpec(pid=8, memory_mib=1),)
 
     with pytest.raises(NotRolledBackError):
-        asyncio.run(Executor(driver, note).apply(bench.change(bench.on)))
+        asyncio.run(Executor(driver, MemorySharing(), note).apply(bench.change(bench.on)))
     bench.node.clear_injections()
     bench.node.gpus[0].processes = ()
     asyncio.run(executor.take_back(bench.change(bench.on)))

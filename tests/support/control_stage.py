@@ -48,6 +48,7 @@ class StageFleet:
         self._started = False
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self.removed: list[str] = []
+        self.restarted: list[str] = []
         self._events = events
         self._clients: dict[str, WorkerClient] = {}
         self._gateway: GatewayClient | None = None
@@ -56,6 +57,9 @@ class StageFleet:
     @property
     def workers(self) -> dict[str, WorkerClient]:
         return {key: each for key, each in self._clients.items() if not each.closed}
+
+    async def restart(self, partition: str) -> None:
+        self.restarted.append(partition)
 
     def failure(self, partition: str) -> str:
         return self.reasons.get(partition, "")

@@ -22,7 +22,7 @@ from daemon.control.actions.layout_errors import refusal
 from daemon.control.actions.layout_marks import marks_after, void_marks
 from daemon.control.actions.layouts import Layouts
 from daemon.control.actions.routing import Router
-from daemon.control.errors import ControlError, Refused
+from daemon.control.errors import ControlError
 from daemon.control.failpoints import FailPoint, FailPoints
 from daemon.control.notify import boot_id
 from daemon.control.processes.holders import Holder, Holders
@@ -44,10 +44,11 @@ from daemon.control.state.records import (
 from daemon.control.state.running import NOTHING_CHANGED, Handle, Outcome, Request, foreseen
 from daemon.control.state.world import World
 from partitioner import layout
-from partitioner.cutting import Cut, LayoutChange, Step, change_of
+from partitioner.cutting import LayoutChange, Step, change_of
 from partitioner.errors import NotRolledBackError, PartitionerError
-from partitioner.executor import Driver, Executor, describe
+from partitioner.executor import Driver, Executor, Sharing, describe
 from partitioner.gpu import Gpu
+from partitioner.mps.shared import SharedPlace
 from partitioner.partition import partitions_of
 
 CLAIM = "layout"
@@ -69,6 +70,13 @@ class Workers(Protocol):
     async def remove(self, partition: str, drain_timeout_s: float) -> None: ...
 
 
+class Shared(Sharing, Protocol):
+    """The places under MPS, and the notes of them."""
+
+    def noted(self) -> tuple[SharedPlace, ...]: ...
+    async def refuse_missing(self) -> None: ...
+
+
 class LayoutChanges:
     """Applies plans, one at a time; settles at start what a daemon that was killed left open."""
 
@@ -84,17 +92,19 @@ class LayoutChanges:
         router: Router,
         failpoints: FailPoints,
         holders: Holders,
+        sharing: Shared,
     ) -> None:
         self._world = world
         self._layouts = layouts
         self._driver = driver
+        self._sharing = sharing
         self._workers = workers
         self._journal = journal
         self._operations = operations
         self._conductor = conductor
         self._router = router
         self._failpoints = failpoints
-        self._executor = Executor(driver, self._note)
+        self._executor = Executor(driver, sharing, self._note)
         self._forcing = Forcing(self._executor, holders)
         self._open: LayoutChange | None = None
         """What the journal holds: under way, or neither done nor taken back."""
@@ -139,17 +149,12 @@ class LayoutChanges:
     ) -> tuple[layout.Plan, LayoutChange, tuple[Holder, ...]]:
         """Plan again what was shown, look for what forbids it, and for whom to end."""
         plan, states = await self._layouts.again(intent.layout)
-        for gpu in plan.gpus:
-            if any("/mps" in name for name in gpu.create):
-                raise Refused(
-                    f"gpu{gpu.index}: MPS shares cannot be applied yet: take `shares` out of the "
-                    "layout",
-                    reason="NOT_IMPLEMENTED",
-                )
         change = change_of(plan, states, operation, boot_id())
-        if intent.force:
-            return plan, change, await self._look(change, intent)
         try:
+            if any(each.after.divided for each in change.gpus):
+                await self._sharing.refuse_missing()
+            if intent.force:
+                return plan, change, await self._look(change, intent)
             await self._executor.refuse_held(change, self._own_pids())
         except PartitionerError as error:
             raise refusal(error) from error
@@ -209,8 +214,7 @@ class LayoutChanges:
 
     def _leaving(self, change: LayoutChange) -> tuple[str, ...]:
         """The partitions that the change takes away, as far as there are any."""
-        gone = _names(change, before=True) - _names(change, before=False)
-        return tuple(name for name in self._world.partitions if name in gone)
+        return tuple(name for name in self._world.partitions if name in _gone(change))
 
     async def _take_down(self, partitions: Iterable[str]) -> None:
         """Hold new requests for what serves there, let the running ones end, end the workers."""
@@ -245,7 +249,7 @@ class LayoutChanges:
     async def _committed(self, change: LayoutChange, ended: tuple[Holder, ...] = ()) -> Outcome:
         """The new layout is there: say so everywhere but in the journal, which the end does."""
         world = self._world
-        gone = _names(change, before=True) - _names(change, before=False)
+        gone = _gone(change)
         gpus = await self._driver.discover()
         changes = marks_after(self._world, change, {gpu.uuid: gpu for gpu in gpus}, forward=True)
         moved = [each for each in world.placements.values() if each.partition in gone]
@@ -273,7 +277,7 @@ class LayoutChanges:
         world = self._world
         world.gpus = gpus
         changed = {each.gpu for each in change.gpus}
-        found = partitions_of(gpus, world.owned, boot_id())
+        found = partitions_of(gpus, world.owned, boot_id(), self._sharing.noted())
         kept = [each for each in world.partitions.values() if each.gpu_uuid not in changed]
         fresh = [each for each in found if each.gpu_uuid in changed]
         world.repartition(sorted([*kept, *fresh], key=lambda each: each.gpu_index))
@@ -287,17 +291,13 @@ class LayoutChanges:
         moved: tuple[str, ...] | None = None,
         ended: tuple[Holder, ...] = (),
     ) -> Result:
-        before, after = _names(change, before=True), _names(change, before=False)
-        there = frozenset(self._world.partitions)
+        # What was there and is taken over now has come, too.
+        new = _names(change, before=False) - frozenset(self._world.partitions)
+        gone, came = sorted(_gone(change)), sorted(_gone(change, forward=False) | new)
         if moved is None:
-            moved = tuple(
-                key for name in sorted(before - after) for key in self._world.residents(name)
-            )
+            moved = tuple(key for name in gone for key in self._world.residents(name))
         applied = AppliedLayout(
-            created=tuple(sorted(after - there)),
-            destroyed=tuple(sorted(before - after)),
-            moved=moved,
-            ended=ended,
+            created=tuple(came), destroyed=tuple(gone), moved=moved, ended=ended
         )
         nothing = not (applied.created or applied.destroyed)
         text = message or ("the layout was there already" if nothing else "")
@@ -341,20 +341,20 @@ class LayoutChanges:
         try:
             new = await self._executor.settle(change)
             if new:
-                gone = self._leaving(change)
+                gone = _gone(change) & frozenset(self._world.partitions)
                 outcome = await self._committed(change)
                 if any(each.name == change.operation for each in operations):
                     self._done[change.operation] = outcome
                 else:
                     await self._journal.commit(outcome.changes)
             else:
-                gone = ()
+                gone = _gone(change, forward=False) & frozenset(self._world.partitions)
                 await self._taken_back(change)
         except PartitionerError as error:
             log.error("the change %s cannot be settled: %s", change.plan_id, error)
             world.warnings.append(f"the change of layout {change.plan_id} is half done: {error}")
             return
-        for name in gone:
+        for name in gone - frozenset(world.partitions):
             await self._workers.remove(name, 0.0)
 
     def forget_gone(self) -> None:
@@ -383,10 +383,15 @@ class LayoutChanges:
 
 def _names(change: LayoutChange, *, before: bool) -> frozenset[str]:
     """The partitions of the changed GPUs in one of the two layouts."""
-    names: set[str] = set()
+    cuts = ((each.index, each.before if before else each.after) for each in change.gpus)
+    return frozenset(name for index, cut in cuts for name in cut.partitions(index))
+
+
+def _gone(change: LayoutChange, *, forward: bool = True) -> frozenset[str]:
+    """The partitions that the change takes away; a share with other limits is another one."""
+    gone: set[str] = set()
     for each in change.gpus:
-        cut: Cut = each.before if before else each.after
-        names |= {f"gpu{each.index}/{place}" for place in cut.instances}
-        if not cut.mig_enabled:
-            names.add(f"gpu{each.index}")
-    return frozenset(names)
+        cuts = (each.before, each.after) if forward else (each.after, each.before)
+        before, after = (cut.partitions(each.index) for cut in cuts)
+        gone |= {name for name in before if name not in after or before[name] != after[name]}
+    return frozenset(gone)

@@ -20,6 +20,7 @@ from daemon.control.state.records import KeptLayout
 from daemon.control.state.world import LINK_BYTES_PER_S_UNMEASURED, ON_DEVICE, World
 from partitioner.cutting import Owned
 from partitioner.errors import DocumentError, NvmlError
+from partitioner.executor import Sharing
 from partitioner.geometry import Geometry
 from partitioner.gpu import Gpu, GpuHealth
 from partitioner.layout import Costs, Found, GpuPlan, GpuState, Plan
@@ -38,10 +39,13 @@ ReadGeometry = Callable[[str, int], Awaitable[Geometry]]
 class Layouts:
     """Answers about layouts; `discover` and `geometry` read the GPUs."""
 
-    def __init__(self, world: World, discover: Discover, geometry: ReadGeometry) -> None:
+    def __init__(
+        self, world: World, discover: Discover, geometry: ReadGeometry, sharing: Sharing
+    ) -> None:
         self._world = world
         self._discover = discover
         self._geometry = geometry
+        self._sharing = sharing
         self._shown: dict[str, tuple[str, str]] = {}
 
     async def plan(self, text: str, source: str) -> partition_pb2.LayoutPlan:
@@ -118,8 +122,16 @@ class Layouts:
 
     async def look(self) -> list[tuple[Gpu, GpuState]]:
         """Each GPU that answers, and how it is cut now."""
-        owned = self._world.owned
-        return [(gpu, _state(gpu, geometry, owned)) for gpu, geometry in await self._read()]
+        found = []
+        for gpu, geometry in await self._read():
+            shared = {
+                place: shares
+                for place, shares in (await self._sharing.shared(gpu.uuid)).items()
+                if shares and (place is not None) == gpu.mig_enabled
+            }
+            state = replace(_state(gpu, geometry, self._world.owned), shares=shared)
+            found.append((gpu, state))
+        return found
 
     def costs(self) -> Costs:
         """What changes would cost the models that are placed."""

@@ -1,6 +1,7 @@
 """How the gateway and the workers are started: their command lines, from the configuration.
 
-The command line is everything a child knows; nothing is passed through the environment. An address
+The command line is everything a child knows; only what makes a worker a client of MPS is for the
+CUDA library and has to be in the environment, where `env` puts it on that command line. An address
 with port 0 is chosen once: a gateway that is started again listens where the first one did.
 """
 
@@ -23,8 +24,12 @@ def commands(
     partitions: dict[str, Partition],
     listening: Callable[[], tuple[str, str]],
     log_dir: Path | None,
+    prefix: Callable[[str], tuple[str, ...]] = lambda partition: (),
 ) -> Commands:
-    """Command lines by generation. `listening` is where a gateway was found, or empty strings."""
+    """Command lines by generation. `listening` is where a gateway was found, or empty strings.
+
+    `prefix` is what the command line of a partition's worker begins with.
+    """
     worker = config.worker
     cores = len(os.sched_getaffinity(0))
 
@@ -42,8 +47,10 @@ def commands(
     def start_worker(partition: str, generation: int) -> list[str]:
         # Partitions come and go; whoever starts takes a share of what there are then.
         threads = worker.threads or max(1, cores // max(1, len(partitions)))
+        threads = max(1, threads * partitions[partition].thread_percent // 100)
         page = ("--page-bytes", str(worker.page_bytes)) if worker.page_bytes else ()
         return [
+            *prefix(partition),
             *(sys.executable, "-m", "engine.worker.main"),
             *("--partition", partition),
             *("--runtime-dir", str(config.runtime_dir)),
@@ -70,7 +77,7 @@ def _device(config: Config, partition: Partition) -> list[str]:
         throttle = worker.link_bytes_per_s
         return [
             *("--device", "host"),
-            *("--memory-bytes", str(worker.memory_bytes)),
+            *("--memory-bytes", str(_simulated_bytes(worker.memory_bytes, partition))),
             *(("--link-bytes-per-s", repr(throttle)) if throttle else ()),
         ]
     return [
@@ -80,3 +87,10 @@ def _device(config: Config, partition: Partition) -> list[str]:
         *("--workspace-bytes", str(worker.workspace_bytes)),
         *(() if worker.keep_mappings else ("--no-keep-mappings",)),
     ]
+
+
+def _simulated_bytes(memory_bytes: int, partition: Partition) -> int:
+    """A share has as large a part of the simulated memory as of its place's."""
+    if not partition.place_bytes:
+        return memory_bytes
+    return memory_bytes * partition.memory_bytes // partition.place_bytes

@@ -131,6 +131,12 @@ class Fleet:
             await self._events.worker_down(partition, "its GPU is being cut anew")
         del self._places[partition]
 
+    async def restart(self, partition: str) -> None:
+        """Kill a partition's worker, whatever it does; its keeper starts another one."""
+        place = self._places.get(partition)
+        if place is not None and place.child is not None:
+            await place.child.kill()
+
     async def stop(self, drain_timeout_s: float) -> None:
         """End every process: the gateway drains first, then the workers."""
         self._stopping = True

@@ -1,0 +1,209 @@
+"""The places of a node that are shared: a control daemon for each, kept by note and by answer.
+
+It owns the directories under its root, and the daemons there. It decides no layout and ends no
+worker. The invariants: a place counts as shared when its note says so and its daemon answers; a
+place is `ready` only after a look from inside; one thing is done at a time, so that nobody mends a
+daemon that another is taking down. GPUs' compute mode is left alone: who comes in is looked at
+instead, and so nothing has to be restored, whoever crashes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from partitioner.errors import MpsError, MpsShareError
+from partitioner.geometry import Instance
+from partitioner.gpu import Gpu
+from partitioner.layout import Share
+from partitioner.mps import shared as notes
+from partitioner.mps.commands import REAL_CONTROL
+from partitioner.mps.control import Language, Limits, MpsControl
+from partitioner.mps.lifetime import PID_FILE
+from partitioner.mps.preflight import look
+from partitioner.mps.probing import control, language_of
+from partitioner.mps.recovery import faulted, recover
+from partitioner.mps.shared import SharedPlace
+
+ASTRAY_ENDS_MAX = 3
+"""How often a share's worker is ended for being no client; more would only keep it from serving."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What runs: the control program, a client that looks around, what workers are started by."""
+
+    look: tuple[str, ...]
+    control: tuple[str, ...] = REAL_CONTROL
+    prefix: tuple[str, ...] = ()
+
+
+class MpsPlaces:
+    """Shares and unshares places; `root` is where the daemons' directories are."""
+
+    def __init__(self, root: Path, programs: Programs, boot_id: str) -> None:
+        self._root = root
+        self._programs = programs
+        self._boot_id = boot_id
+        self._turn = asyncio.Lock()
+        self._astray: Counter[str] = Counter()
+
+    def noted(self) -> tuple[SharedPlace, ...]:
+        """The places whose shares can serve, according to the notes."""
+        return tuple(each for each in self._notes() if each.ready)
+
+    async def shared(self, gpu: str) -> Mapping[Instance | None, tuple[Share, ...]]:
+        """What a GPU's places are divided into now; nothing where it is only half done."""
+        found = {}
+        for each in self._notes():
+            if each.gpu == gpu:
+                whole = each.ready and await self._control(each).answers()
+                found[each.place] = each.shares if whole else ()
+        return found
+
+    async def refuse_missing(self) -> None:
+        """Raise `MpsUnavailableError` where there is no control program."""
+        await language_of(self._programs.control, self._root)
+
+    async def share(self, gpu: Gpu, place: Instance | None, shares: tuple[Share, ...]) -> None:
+        """Divide a place so. Shares that it has already with the same limits are not disturbed."""
+        language = Language.LEGACY
+        if place is None:  # Namespaces are promised for whole GPUs only.
+            language = await language_of(self._programs.control, self._root)
+        wanted = _described(gpu, place, shares, language, self._boot_id)
+        async with self._turn:
+            old = next((each for each in self._notes() if each.name == wanted.name), None)
+            if old is not None and (old.language, old.device) != (language, wanted.device):
+                await self._control(old).stop()
+                old = None
+            notes.write(self._root, wanted)
+            mps = self._control(wanted)
+            kept: tuple[Limits, ...] = ()
+            if old is not None and old.ready and await mps.answers():
+                kept = old.limits
+            await mps.share(wanted.limits)
+            fresh = [
+                number
+                for number, limits in enumerate(wanted.limits)
+                if number >= len(kept) or kept[number] != limits
+            ]
+            await look(wanted, mps, self._programs.look, fresh)
+            notes.write(self._root, replace(wanted, ready=True))
+            for name in wanted.partitions:
+                del self._astray[name]
+
+    async def unshare(self, gpu: str, place: Instance | None) -> None:
+        """Have no daemon there any more."""
+        async with self._turn:
+            for each in self._notes():
+                if (each.gpu, each.place) == (gpu, place):
+                    await self._control(each).stop()
+                    notes.remove(self._root, each)
+
+    def pids(self) -> frozenset[int]:
+        """The daemons and their servers."""
+        found: set[int] = set()
+        for each in self._notes():
+            try:
+                file = self._control(each).pipe_directory / PID_FILE
+                daemon = psutil.Process(int(file.read_text()))
+                found |= {daemon.pid, *(child.pid for child in daemon.children(recursive=True))}
+            except (OSError, ValueError, psutil.Error):
+                continue  # It does not run.
+        return frozenset(found)
+
+    def prefix(self, partition: str) -> tuple[str, ...]:
+        """What a worker's command line begins with, for it to be a client; empty for no share."""
+        for each in self.noted():
+            if partition in each.partitions:
+                number = each.partitions.index(partition)
+                variables = self._control(each).environment(number, each.limits[number])
+                words = (f"{name}={value}" for name, value in variables.items())
+                return ("env", *words, *self._programs.prefix)
+        return ()
+
+    # While they serve.
+
+    async def restore(self) -> tuple[str, ...]:
+        """Start what should run and does not; the problems that were met."""
+        problems = []
+        for each in self.noted():
+            async with self._turn:
+                try:
+                    if not await self._control(each).answers():
+                        await self._control(each).share(each.limits)
+                except MpsError as error:
+                    problems.append(f"{each.name} has no MPS daemon: {error}")
+        return tuple(problems)
+
+    async def mend(
+        self,
+        workers: Mapping[str, int],
+        end_worker: Callable[[str], Awaitable[None]],
+    ) -> tuple[str, ...]:
+        """Bring servers back that are in fault or gone; which places those were.
+
+        `workers` are the pids of those that serve, by partition. All of a faulted place are ended,
+        and so is one that is no client of its daemon: it would run beside MPS, without limits.
+        """
+        mended = []
+        for noted in self.noted():
+            async with self._turn:
+                # It may be another one, or none, by the time of this turn.
+                each = next((one for one in self.noted() if one == noted), None)
+                if each is None:
+                    continue
+                here = [name for name in each.partitions if name in workers]
+                mps = self._control(each)
+
+                async def end_all(names: list[str] = here) -> None:
+                    await asyncio.gather(*map(end_worker, names))
+
+                if await faulted(mps):
+                    await recover(mps, each.limits, end_all)
+                    mended.append(each.name)
+                    continue
+                clients = await mps.clients()
+                astray = [name for name in here if workers[name] not in clients]
+                self._astray.update(astray)
+                await end_all([one for one in astray if self._astray[one] <= ASTRAY_ENDS_MAX])
+                mended.extend(one for one in astray if self._astray[one] <= ASTRAY_ENDS_MAX + 1)
+        return tuple(mended)
+
+    async def stop(self) -> None:
+        """End every daemon; the notes stay, and `restore` starts them again."""
+        for each in self._notes():
+            async with self._turn:
+                await self._control(each).stop()
+
+    def _notes(self) -> tuple[SharedPlace, ...]:
+        return notes.read(self._root, self._boot_id)
+
+    def _control(self, shared: SharedPlace) -> MpsControl:
+        directory = shared.directory(self._root)
+        return control(shared.language, self._programs.control, directory, shared.device)
+
+
+def _described(
+    gpu: Gpu,
+    place: Instance | None,
+    shares: tuple[Share, ...],
+    language: Language,
+    boot_id: str,
+) -> SharedPlace:
+    """A place with what its GPU says of it."""
+    name = f"gpu{gpu.index}" if place is None else f"gpu{gpu.index}/{place}"
+    device, memory_bytes, sm_count = gpu.uuid, gpu.usable_bytes, gpu.sm_count
+    if place is not None:
+        found = next((each for each in gpu.instances or () if each.place == place), None)
+        if found is None or not found.uuid:
+            raise MpsShareError(f"{name} is not there, so it cannot be shared: plan again")
+        device, memory_bytes, sm_count = found.uuid, found.memory_bytes, found.sm_count
+    return SharedPlace(
+        name, gpu.uuid, place, device, memory_bytes, sm_count, language, shares, boot_id
+    )
