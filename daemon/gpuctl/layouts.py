@@ -34,6 +34,7 @@ PROFILE_COLUMNS = (
     Column("STARTS"),
 )  # fmt: skip
 HOLDER_COLUMNS = (Column("PID", right=True), Column("ON"), Column("OWNER"), Column("COMMAND"))
+PHASES = ("plan", "drain", "cut", "commit", "start")
 PLAN_COLUMNS = (Column("DO"), Column("PARTITION"), Column("MODELS"))
 
 
@@ -221,6 +222,10 @@ def _applied(operation: Operation) -> str:
         parts.append(f"ended pid {', '.join(str(each.pid) for each in response.ended)}")
     if response.moved:
         parts.append(f"{', '.join(response.moved)} lost their place and are brought back")
+    if parts and response.phases_ms:
+        took = response.phases_ms
+        words = (f"{name} {took[name] / 1000:.2f} s" for name in PHASES if name in took)
+        parts.append(", ".join(words))
     return one_line("; ".join(parts) or response.message or "the layout was there already")
 
 

@@ -96,6 +96,7 @@ def test_a_plan_is_applied_once_and_partitions_follow(tmp_path: Path) -> None:
         assert isinstance(response, partition_pb2.ApplyLayoutResponse)
         assert list(response.created) == ["gpu0/2g.35gb@0", "gpu0/3g.71gb@4"]
         assert list(response.destroyed) == ["gpu0"]
+        assert set(response.phases_ms) == {"plan", "drain", "cut", "commit", "start"}
         assert board(stage) == ["2g.35gb@0", "3g.71gb@4"]
         assert list(stage.node.world.partitions) == ["gpu0/2g.35gb@0", "gpu0/3g.71gb@4"]
         assert set(stage.fleet.workers) == set(stage.node.world.partitions)

@@ -188,6 +188,11 @@ def test_force_ends_only_whom_it_has_listed(
     assert (request.force, list(request.end_pids), request.validate_only) == (True, [71], False)
 
 
+def test_how_long_the_parts_took_is_told(node: ScriptedNode, gpuctl: Run, layout: str) -> None:
+    node.phases_ms = {"drain": 620.0, "cut": 12.0}
+    assert "drain 0.62 s, cut 0.01 s" in gpuctl("part", "apply", "-f", layout).out
+
+
 def test_force_without_anybody_in_the_way_forces_nothing(
     node: ScriptedNode, gpuctl: Run, layout: str
 ) -> None:

@@ -137,6 +137,7 @@ class ScriptedNode:
         self.placement = placement_pb2.PlacementPlan()
         self.defragmentation = placement_pb2.DefragmentationPlan()
         self.examination = doctor_pb2.Examination()
+        self.phases_ms: dict[str, float] = {}
         # Whom forcing a layout ends.
         self.ended: list[partition_pb2.ForeignProcess] = []
         self.profiles = partition_pb2.ListProfilesResponse()
@@ -311,7 +312,7 @@ class PartitionAnswers(Answers, partition_pb2_grpc.PartitionServiceServicer):
         self.node.take("ApplyLayout", request, context)
         response = partition_pb2.ApplyLayoutResponse(
             plan_id=request.plan_id, created=["gpu1/3g.71gb@4"], destroyed=["gpu1"], moved=["a@1"],
-            ended=self.node.ended if request.force else (),
+            ended=self.node.ended if request.force else (), phases_ms=self.node.phases_ms,
         )  # fmt: skip
         if request.validate_only:
             return Operation(done=True, response=packed(response))

@@ -21,6 +21,7 @@ from daemon.control.actions.forcing import Forcing
 from daemon.control.actions.layout_errors import refusal
 from daemon.control.actions.layout_marks import marks_after, void_marks
 from daemon.control.actions.layouts import Layouts
+from daemon.control.actions.phases import Phases, timed
 from daemon.control.actions.routing import Router
 from daemon.control.errors import ControlError
 from daemon.control.failpoints import FailPoint, FailPoints
@@ -34,7 +35,6 @@ from daemon.control.state.records import (
     Cause,
     Failure,
     Intent,
-    KeptLayout,
     Kind,
     Operation,
     Plan,
@@ -175,6 +175,7 @@ class LayoutChanges:
 
         handle.cancel_by(abandon)
         handle.update(stage=Stage.PLANNING)
+        phases = Phases()
         await self._settle_open()
         intent = handle.record.intent
         _, change, holders = await self._prepare(intent, handle.name)
@@ -187,6 +188,7 @@ class LayoutChanges:
             handle.update(stage=Stage.CUTTING, message=message)
 
         await self._note(change)
+        phases.end("plan")
         try:
             handle.update(stage=Stage.DRAINING, message=f"ending {len(leaving)} workers")
             await self._take_down(leaving)
@@ -198,7 +200,9 @@ class LayoutChanges:
                 await self._note(change)
                 handle.update(message=f"ending {len(holders)} processes of others")
                 await self._forcing.end(holders)
+            phases.end("drain")
             await self._executor.apply(change, own_pids=pids, cancelled=stop.is_set, begun=begun)
+            phases.end("cut")
             await self._failpoints.reach(FailPoint.CUT)
         except (PartitionerError, ControlError) as error:
             handle.update(stage=Stage.ROLLING_BACK, message=str(error))
@@ -206,9 +210,11 @@ class LayoutChanges:
         handle.cancel_by(None)
         handle.update(stage=Stage.COMMITTED, message="")
         outcome = await self._committed(change, holders)
+        phases.end("commit")
         assert outcome.result.layout is not None
         await asyncio.gather(*map(self._workers.settled, outcome.result.layout.created))
-        return outcome
+        phases.end("start")
+        return timed(outcome, phases)
 
     # What surrounds the cutting.
 
@@ -260,17 +266,8 @@ class LayoutChanges:
         self._router.publish_soon()
         self._open = None
         self._returning.later(change.operation, result.layout.moved if result.layout else ())
-        kept = await self._kept()
+        kept = await self._layouts.kept()
         return Outcome(result, (Drop(change), *changes, *kept, *(Drop(each) for each in moved)))
-
-    async def _kept(self) -> tuple[Put | Drop, ...]:
-        """What is to be applied again after a reboot: how the GPUs are cut now."""
-        try:
-            kept = await self._layouts.kept()
-        except ControlError as error:
-            log.warning("the layout is not kept for after a reboot: %s", error)
-            return ()
-        return (Put(kept),) if kept is not None else (Drop(KeptLayout("", "")),)
 
     def _repartition(self, gpus: tuple[Gpu, ...], change: LayoutChange) -> None:
         """Let the partitions of the changed GPUs be those that are there, each with a worker."""

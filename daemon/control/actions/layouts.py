@@ -9,6 +9,7 @@ shown can be planned again by its id, and is the same plan or none.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from hotbay.v1 import partition_pb2
 
 from daemon.control.errors import Refused
 from daemon.control.notify import boot_id
+from daemon.control.state.journal import Drop, Put
 from daemon.control.state.records import KeptLayout
 from daemon.control.state.world import LINK_BYTES_PER_S_UNMEASURED, ON_DEVICE, World
 from partitioner.cutting import Owned
@@ -31,6 +33,8 @@ from partitioner.strict_yaml import MAX_DOCUMENT_BYTES
 # From this compute capability on MIG mode is switched without a reset of the GPU.
 RESETLESS_CAPABILITY = (9, 0)
 PLANS_REMEMBERED_MAX = 32
+
+log = logging.getLogger(__name__)
 
 Discover = Callable[[], Awaitable[tuple[Gpu, ...]]]
 ReadGeometry = Callable[[str, int], Awaitable[Geometry]]
@@ -95,14 +99,21 @@ class Layouts:
         """The present layout as a file."""
         return export_layout(await self._states())
 
-    async def kept(self) -> KeptLayout | None:
-        """What of the present layout is ours, to be applied again after a reboot."""
+    async def kept(self) -> tuple[Put | Drop, ...]:
+        """For the journal: what of the present layout is ours, to be applied after a reboot."""
+        try:
+            states = await self._states()
+        except Refused as error:
+            log.warning("the layout is not kept for after a reboot: %s", error)
+            return ()
         ours = [
             replace(state, instances=tuple(sorted(set(state.instances) - state.foreign)))
-            for state in await self._states()
+            for state in states
         ]
         cut = [state for state in ours if state.instances or state.shares]
-        return KeptLayout(export_layout(cut, Found.IGNORE), boot_id()) if cut else None
+        if not cut:
+            return (Drop(KeptLayout("", "")),)
+        return (Put(KeptLayout(export_layout(cut, Found.IGNORE), boot_id())),)
 
     async def profiles(self) -> list[partition_pb2.GpuProfiles]:
         """What each GPU that answers can be cut into."""

@@ -159,6 +159,7 @@ def _response(record: Operation, told: common_pb2.Ledger | None) -> Any:
             created=result.layout.created,
             destroyed=result.layout.destroyed,
             moved=result.layout.moved,
+            phases_ms=result.layout.phases_ms,
             ended=[
                 partition_pb2.ForeignProcess(
                     pid=each.pid, partition=each.where, command=each.command, owner=each.owner

@@ -220,6 +220,7 @@ class AppliedLayout(msgspec.Struct, frozen=True):
     destroyed: tuple[str, ...] = ()
     moved: tuple[str, ...] = ()
     ended: tuple[Holder, ...] = ()
+    phases_ms: dict[str, float] = {}
 
 
 class KeptLayout(msgspec.Struct, frozen=True):

@@ -560,12 +560,33 @@ class ApplyLayoutResponse(message.Message):
 
     DESCRIPTOR: descriptor.Descriptor
 
+    @typing.final
+    class PhasesMsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PLAN_ID_FIELD_NUMBER: builtins.int
     CREATED_FIELD_NUMBER: builtins.int
     DESTROYED_FIELD_NUMBER: builtins.int
     MOVED_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
     ENDED_FIELD_NUMBER: builtins.int
+    PHASES_MS_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
     message: builtins.str
     @builtins.property
@@ -580,6 +601,12 @@ class ApplyLayoutResponse(message.Message):
     def ended(self) -> containers.RepeatedCompositeFieldContainer[ForeignProcess]:
         """With `force`: the processes that were ended, or with `validate_only` would be."""
 
+    @builtins.property
+    def phases_ms(self) -> containers.ScalarMap[builtins.str, builtins.float]:
+        """How long each part took: `plan`, `drain` (workers of what goes), `cut` (the driver), `commit`,
+        `start` (workers of what has come).
+        """
+
     def __init__(
         self,
         *,
@@ -589,10 +616,11 @@ class ApplyLayoutResponse(message.Message):
         moved: abc.Iterable[builtins.str] | None = ...,
         message: builtins.str = ...,
         ended: abc.Iterable[ForeignProcess] | None = ...,
+        phases_ms: abc.Mapping[builtins.str, builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["created", b"created", "destroyed", b"destroyed", "ended", b"ended", "message", b"message", "moved", b"moved", "plan_id", b"plan_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["created", b"created", "destroyed", b"destroyed", "ended", b"ended", "message", b"message", "moved", b"moved", "phases_ms", b"phases_ms", "plan_id", b"plan_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
