@@ -24,7 +24,7 @@ class BlockCopies:
         rows = 2 * layout.layers  # a page is [layer][K, V][block][head][slot][dim]
         row = layout.kv_heads * layout.tile_elements
         pages = memory.numel() // layout.page_bytes
-        self._blocks = memory.view(getattr(torch, layout.dtype)).as_strided(
+        self._blocks = memory.view(getattr(torch, layout.moved_dtype)).as_strided(
             (pages, rows, layout.blocks_per_page, row),
             (layout.page_elements, row * layout.blocks_per_page, row, 1),
         )

@@ -44,7 +44,7 @@ from engine.link.build import (
 from engine.link.errors import LinkError
 from engine.link.frames import Link
 from engine.models.layout import check_all_used, image_recipes
-from engine.models.spec import ModelSpec
+from engine.models.spec import FP8, ModelSpec
 from swap.build import build_image, check_sources
 from swap.cached_image import restore_image, save_image
 from swap.checkpoint import Checkpoint
@@ -241,6 +241,7 @@ class Builder:
             weights_bytes=device_bytes(found.layout),
             kv_bytes_per_token=found.spec.kv_bytes_per_token(found.layout.dtype),
             key=found.identity.key,
+            kv_fp8_bytes_per_token=found.spec.kv_bytes_per_token(FP8),
             kv_window_tokens=found.spec.window_tokens,
         )
 

@@ -70,7 +70,7 @@ class Engine:
     ) -> None:
         self.spec = spec
         self.limits = limits
-        self.layout = KvLayout.choose(spec, dtype, kv.page_bytes)
+        self.layout = KvLayout.choose(spec, dtype, kv.page_bytes, fp8=limits.fp8_kv)
         window = KvWindow(spec.window_tokens, limits.step_tokens, self.layout.block_tokens)
         blocks = window.blocks_for(limits.context_tokens)
         self.layout.require_room(limits.context_tokens, blocks, kv.pages_max)

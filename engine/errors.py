@@ -52,6 +52,12 @@ class BlockTooLarge(EngineError):
     reason = "KV_BLOCK_TOO_LARGE"
 
 
+class DeviceUnsuitable(EngineError):
+    """The device cannot do what an option asks for; the message names the option."""
+
+    reason = "DEVICE_UNSUITABLE"
+
+
 class GraphChanged(EngineError):
     """Captured work is not what it was: an address moved, or it does something else. A bug."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.errors import BlockTooLarge, KvTooSmall
-from engine.models.spec import DTYPE_BYTES, ModelSpec
+from engine.models.spec import DTYPE_BYTES, FP8, ModelSpec
 
 BLOCK_TOKENS_MAX = 32
 """Small blocks share more prefixes and waste less; large ones make shorter tables."""
@@ -25,16 +25,19 @@ class KvLayout:
     kv_heads: int
     head_dim: int
     dtype: str
+    """What is computed in."""
     block_tokens: int
     page_bytes: int
+    fp8: bool = False
+    """Whether keys and values are stored as FP8, scaled (see `engine.kernels.kv_scales`)."""
 
     @classmethod
-    def choose(cls, spec: ModelSpec, dtype: str, page_bytes: int) -> KvLayout:
+    def choose(cls, spec: ModelSpec, dtype: str, page_bytes: int, *, fp8: bool = False) -> KvLayout:
         """The largest block, a power of two of tokens, that fits a page.
 
         Raises BlockTooLarge when not even one token does.
         """
-        token_bytes = spec.kv_bytes_per_token(dtype)
+        token_bytes = spec.kv_bytes_per_token(FP8 if fp8 else dtype)
         block_tokens = BLOCK_TOKENS_MAX
         while block_tokens > 1 and block_tokens * token_bytes > page_bytes:
             block_tokens //= 2
@@ -52,12 +55,23 @@ class KvLayout:
             dtype=dtype,
             block_tokens=block_tokens,
             page_bytes=page_bytes,
+            fp8=fp8,
         )
 
     @property
+    def stored_dtype(self) -> str:
+        """What keys and values are in memory."""
+        return FP8 if self.fp8 else self.dtype
+
+    @property
+    def moved_dtype(self) -> str:
+        """As what they are copied and indexed: not every operation knows FP8."""
+        return "uint8" if self.fp8 else self.dtype
+
+    @property
     def item_bytes(self) -> int:
-        """Bytes of one element."""
-        return DTYPE_BYTES[self.dtype]
+        """Bytes of one stored element."""
+        return 1 if self.fp8 else DTYPE_BYTES[self.dtype]
 
     @property
     def page_elements(self) -> int:

@@ -26,6 +26,8 @@ class EngineLimits:
     """Tokens of prompts and decodes that one step computes at most."""
     prefix_cache: bool = True
     """Whether blocks that nobody holds are kept for prompts that begin with the same tokens."""
+    fp8_kv: bool = False
+    """Whether keys and values are stored as FP8 (see `engine.kernels.kv_scales`)."""
     strict: bool = False
     """Whether results are the same bit for bit in any company, at a cost (see
     `engine.kernels.strict`)."""

@@ -142,10 +142,13 @@ class Worker(Section):
 
     `threads` 0 shares the host's cores among the workers. `dtype` "auto" is bfloat16 where that is
     faster, on a GPU and on a processor that has instructions for it, else float32; the loaded
-    configuration has the one that was found. `memory_bytes` is what a simulated
-    partition has; a real one has what its GPU says, of which `workspace_bytes` are left to CUDA and
-    to what steps compute in. `page_bytes` 0 is what suits the device: 2 MiB on the host, 64 MiB on
-    a GPU. `link_bytes_per_s`, for simulated partitions, 0 does not throttle copies.
+    configuration has the one that was found. `kv_dtype` "fp8" stores the keys and values of every
+    model in one byte each, with an error of some 2 per cent in each, so that as much memory holds
+    twice as much context, or more; a GPU must be of compute capability 8.9 for it. "auto" stores
+    them as `dtype`. `memory_bytes` is what a simulated partition has; a real one has what its GPU
+    says, of which `workspace_bytes` are left to CUDA and to what steps compute in. `page_bytes` 0
+    is what suits the device: 2 MiB on the host, 64 MiB on a GPU. `link_bytes_per_s`, for simulated
+    partitions, 0 does not throttle copies.
     `prefix_cache` keeps the KV of prompts, in memory that nobody else wants, for requests that
     begin with the same tokens. `parking_bytes` is host memory for the KV of paused requests, taken
     as it is needed.
@@ -168,6 +171,7 @@ class Worker(Section):
     waiting_requests_max: Count = 1024
     context_tokens_max: Annotated[int, Field(ge=16, le=1 << 24)] = 8192
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    kv_dtype: Literal["auto", "fp8"] = "auto"
     link_bytes_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     prefix_cache: bool = True
     parking_bytes: Bytes = 1 << 30

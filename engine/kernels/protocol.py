@@ -30,6 +30,11 @@ class Span:
 class Kernels(Protocol):
     """One device's operations over one engine's KV cache."""
 
+    @property
+    def kv_scales(self) -> torch.Tensor | None:
+        """Where the scales of stored keys and values are read, [layers, K and V, kv_heads] in
+        float32, always at the same address; None where they are stored as they are."""
+
     def plan(self, spans: Sequence[Span], positions: torch.Tensor) -> Any:
         """Prepare a step over `spans`, sorted by (count, start + count); `positions` [tokens]."""
 

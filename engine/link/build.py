@@ -43,6 +43,8 @@ class Inspected(msgspec.Struct, frozen=True, tag=True):
     kv_bytes_per_token: int
     key: str = ""
     """Identifies the checkpoint's files as they are now, together with the image they become."""
+    kv_fp8_bytes_per_token: int = 0
+    """The same where keys and values are stored as FP8."""
     kv_window_tokens: int = 0
     """How far back any of its layers looks: the KV of tokens before need not be kept. 0 is to the
     beginning."""

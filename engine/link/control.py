@@ -60,6 +60,8 @@ class EngineSpec(msgspec.Struct, frozen=True, tag=True):
     waiting_requests_max: int
     weight: float = 1.0
     """Its share of the worker's time beside other models that have work at once."""
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """What its keys and values are stored as: as they are computed, or as FP8."""
 
 
 CANARY_PROMPT_TOKENS_MAX = 64

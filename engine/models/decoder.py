@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 import torch
 import torch.nn.functional as functional
 
+from engine.kernels.kv_scales import kv_scales
 from engine.kernels.protocol import Kernels, NormWeights
 from engine.models.layout import EMBEDDING_LAYER, layer_prefix
 from engine.models.spec import ModelSpec
@@ -77,6 +78,9 @@ class Decoder:
         self._gate = gate
         self._embedding = weights["embedding"]
         self._layers = [Layer.of(spec, weights, layer) for layer in range(spec.layers)]
+        self._spec = spec
+        self._scaled = [kernels.kv_scales is None] * spec.layers
+        """Whether a layer's scales are there: they follow from weights that may be yet to come."""
         self._norm = weights["norm"]
         self._head = weights["embedding" if spec.tied else "head"]
 
@@ -95,6 +99,7 @@ class Decoder:
         added = torch.zeros_like(residual)
         for index, layer in enumerate(self._layers):
             self._gate.wait(index)
+            self._scale(index, layer)
             hidden = kernels.add_rms_norm(added, residual, layer.attention_norm, epsilon)
             qkv = kernels.linear(hidden, layer.qkv, layer.qkv_bias)
             queries = kernels.rotate_and_store(index, qkv, layer.head_norms, epsilon, plan)
@@ -109,3 +114,12 @@ class Decoder:
         self._gate.wait(len(self._layers))
         hidden = kernels.add_rms_norm(added, residual, self._norm, epsilon)
         return kernels.linear(hidden, self._head)
+
+    def _scale(self, index: int, layer: Layer) -> None:
+        """Have a layer's keys and values scaled by its weights, once."""
+        scales = self._kernels.kv_scales
+        if scales is not None and not self._scaled[index]:
+            norm = layer.head_norms[1] if layer.head_norms is not None else None
+            found = kv_scales(self._spec, layer.attention_norm, layer.qkv, layer.qkv_bias, norm)
+            scales[index].copy_(found)
+            self._scaled[index] = True

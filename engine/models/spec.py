@@ -27,6 +27,9 @@ ARCHITECTURES: Mapping[str, Family] = {
 }
 ROPE_TYPES = ("default", "llama3")
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+FP8 = "float8_e4m3fn"
+"""What keys and values may be stored as, besides what is computed in: four bits of exponent and
+three of mantissa, no infinities, and nothing beyond 448."""
 HEAD_DIM_MAX = 512
 LAYERS_MAX = 1024
 # Fields whose mere presence means another computation than the four families' own.
@@ -124,7 +127,8 @@ class ModelSpec:
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of one token's keys and values over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+        item_bytes = 1 if dtype == FP8 else DTYPE_BYTES[dtype]
+        return 2 * self.layers * self.kv_heads * self.head_dim * item_bytes
 
     @classmethod
     def from_directory(cls, path: Path | str) -> Self:

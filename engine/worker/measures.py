@@ -22,7 +22,8 @@ from swap.image import Manifest
 def kv_pages_min(spec: EngineSpec, manifest: Manifest, page_bytes: int, step_tokens: int) -> int:
     """Pages of KV that one request of the longest length takes at once."""
     model = ModelSpec.from_dict(manifest.model)
-    layout = KvLayout.choose(model, manifest.dtype, page_bytes)
+    fp8 = spec.kv_dtype == "fp8"
+    layout = KvLayout.choose(model, manifest.dtype, page_bytes, fp8=fp8)
     computed = max(step_tokens, spec.running_requests_max)
     window = KvWindow(model.window_tokens, computed, layout.block_tokens)
     return layout.pages_of(window.blocks_for(spec.context_tokens))
@@ -54,6 +55,7 @@ def limits_of(
             waiting_requests_max=spec.waiting_requests_max,
             step_tokens=max(step_tokens, spec.running_requests_max),
             prefix_cache=prefix_cache,
+            fp8_kv=spec.kv_dtype == "fp8",
             strict=strict,
         )
     except ValueError as error:

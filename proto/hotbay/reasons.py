@@ -114,6 +114,10 @@ class Reason(StrEnum):
     KV_BLOCK_TOO_LARGE = (
         "KV_BLOCK_TOO_LARGE", Code.FAILED_PRECONDITION, "raise the device's page size",
     )
+    DEVICE_UNSUITABLE = (
+        "DEVICE_UNSUITABLE", Code.FAILED_PRECONDITION,
+        "turn off the option that the message names, or use another GPU",
+    )
     CORRUPT_WEIGHTS = (
         "CORRUPT_WEIGHTS", Code.DATA_LOSS, "fetch the checkpoint again; check the disk and memory",
     )

@@ -58,6 +58,14 @@ def test_of_a_model_with_a_window_no_context_takes_more_than_it_sees() -> None:
     assert kv_bytes(step_tokens=16, running_requests_max=32) == (512 + 32 + 64) * 1024
 
 
+def test_kv_that_is_stored_as_fp8_takes_what_inspecting_told() -> None:
+    facts = msgspec.structs.replace(FACTS, kv_fp8_bytes_per_token=512)
+    version = msgspec.structs.replace(VERSION, facts=facts)
+    worker = Worker(context_tokens_max=2048, kv_dtype="fp8")
+    assert resident(version, worker).kv_bytes_min == MIB
+    assert resident(version, Worker(context_tokens_max=2048)).kv_bytes_min == 2 * MIB
+
+
 def test_unusable_versions_say_why() -> None:
     failure = Failure("CHECKPOINT_INVALID", "tensor x is missing")
     with pytest.raises(Failed, match="tensor x is missing"):

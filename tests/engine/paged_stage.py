@@ -12,6 +12,7 @@ import torch.nn.functional as functional
 from engine.kernels.protocol import Span
 from engine.kernels.reference.paged_attention import attend_paged, paged_views
 from engine.kv_layout import KvLayout
+from engine.models.spec import FP8
 
 LAYERS = 2
 
@@ -38,11 +39,13 @@ class Stage:
         blocks_per_page: int = 3,
         shuffle: int = 0,
     ) -> Stage:
+        fp8 = dtype == FP8
         item_bytes = torch.tensor([], dtype=getattr(torch, dtype)).element_size()
         block_bytes = 2 * LAYERS * kv_heads * block_tokens * dim * item_bytes
         # A rest that no block uses, a multiple of 16 elements as pages have it.
         page_bytes = blocks_per_page * block_bytes + 64
-        layout = KvLayout(LAYERS, kv_heads, dim, dtype, block_tokens, page_bytes)
+        computed = "float32" if fp8 else dtype
+        layout = KvLayout(LAYERS, kv_heads, dim, computed, block_tokens, page_bytes, fp8)
         tables = cls._tables(layout, lengths, shuffle)
         pages = max((max(own, default=0) for own in tables), default=0) // blocks_per_page + 1
         kind: torch.dtype = getattr(torch, dtype)
@@ -99,7 +102,17 @@ class Stage:
     def expected(
         self, queries: torch.Tensor, spans: Sequence[Span], layer: int, window: int = 0
     ) -> torch.Tensor:
-        return attend_paged(queries, self.layout, self.memory, layer, spans, window_tokens=window)
+        layout, scales = self.layout, self.scales(layer)
+        return attend_paged(
+            queries, layout, self.memory, layer, spans, window_tokens=window, scales=scales
+        )
+
+    def scales(self, layer: int) -> torch.Tensor | None:
+        """Unlike ones for each head, keys and values; None where nothing is scaled."""
+        if not self.layout.fp8:
+            return None
+        exponents = torch.arange(2.0 * self.layout.kv_heads).view(2, -1) % 5 - 2 - layer
+        return torch.exp2(exponents)
 
     def torchs_own(self, queries: torch.Tensor, spans: Sequence[Span], layer: int) -> torch.Tensor:
         """What torch's attention makes of the same in the dtype of the cache."""

@@ -177,6 +177,9 @@ def test_a_checkpoint_becomes_an_image(model: Path, dtype: str) -> None:
         assert inspected.checkpoint_bytes == (model / "model.safetensors").stat().st_size
         plain = dtype.removesuffix("-packed")
         assert inspected.kv_bytes_per_token == spec.kv_bytes_per_token(plain)
+        elements = 2 * spec.layers * spec.kv_heads * spec.head_dim
+        assert inspected.kv_fp8_bytes_per_token == elements, "a byte each"
+        assert inspected.kv_window_tokens == 0
         reservation = store.reserve(inspected.segment_bytes)
         segment = Segment.create(inspected.segment_bytes, "test")
         built = await session.call(Build(), segment.descriptor)

@@ -340,6 +340,7 @@ class Transitions:
             running_requests_max=worker.running_requests_max,
             waiting_requests_max=worker.waiting_requests_max,
             weight=self._world.config.scheduling.weight(key),
+            kv_dtype=worker.kv_dtype,
         )
 
     def _follow_commit(self, intent: Intent) -> list[Put | Drop]:

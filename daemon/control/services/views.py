@@ -10,6 +10,7 @@ from hotbay.v1 import health_pb2, model_pb2, node_pb2, partition_pb2
 
 from daemon.control.processes.child import ProcessInfo
 from daemon.control.services.answers import model_state, timestamp
+from daemon.control.state.planning import kv_bytes_per_token
 from daemon.control.state.records import Operation, Version
 from daemon.control.state.world import World
 from engine.link.control import EngineState
@@ -60,7 +61,7 @@ def version(world: World, version: Version) -> model_pb2.ModelVersion:
         message.checkpoint_bytes = facts.checkpoint_bytes
         message.image_bytes = facts.segment_bytes
         message.weights_bytes = facts.weights_bytes
-        message.kv_bytes_per_token = facts.kv_bytes_per_token
+        message.kv_bytes_per_token = kv_bytes_per_token(facts, world.config.worker)
     return message
 
 

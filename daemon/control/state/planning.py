@@ -92,6 +92,11 @@ def kv_tokens(facts: Facts, worker: Worker) -> int:
     return tokens
 
 
+def kv_bytes_per_token(facts: Facts, worker: Worker) -> int:
+    """What keys and values of a token take as they are stored here."""
+    return facts.kv_fp8_bytes_per_token if worker.kv_dtype == "fp8" else facts.kv_bytes_per_token
+
+
 def facts_of(version: Version) -> Facts:
     """A usable version's facts. Raises Failed with the reason why it is not usable."""
     if version.facts is None or version.failure is not None:
@@ -103,7 +108,7 @@ def facts_of(version: Version) -> Facts:
 def resident(version: Version, worker: Worker, copy_bytes: int | None = None) -> Resident:
     """A version as something that takes device memory. Raises Failed for an unusable one."""
     facts = facts_of(version)
-    kv_bytes = kv_tokens(facts, worker) * facts.kv_bytes_per_token
+    kv_bytes = kv_tokens(facts, worker) * kv_bytes_per_token(facts, worker)
     return Resident(version.key, facts.weights_bytes, kv_bytes, copy_bytes)
 
 

@@ -35,6 +35,7 @@ class Facts(msgspec.Struct, frozen=True):
     segment_bytes: int
     weights_bytes: int
     kv_bytes_per_token: int
+    kv_fp8_bytes_per_token: int = 0
     kv_window_tokens: int = 0
 
 

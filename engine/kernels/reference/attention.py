@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as functional
 
 from engine.device_tensors import placed
+from engine.kernels.kv_scales import from_fp8
 from engine.kernels.protocol import Span
 from engine.kernels.reference.grouping import PADDING_MAX, group_runs
 from engine.kernels.reference.paged_kv import PagedKv
@@ -113,11 +114,22 @@ class Gathering:
         self._scale = kv.layout.head_dim**-0.5
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def attend(self, layer: int, queries: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-        """[tokens, heads, head_dim] to [tokens, heads * head_dim]."""
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        groups: Sequence[Group],
+        scales: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[tokens, heads, head_dim] to [tokens, heads * head_dim]; `scales` [K and V, kv_heads] are
+        of keys and values that are stored as FP8."""
         parts = []
         for group in groups:
             keys, values = self._gather(layer, group)
+            if scales is not None:
+                shape = (group.sequences, self._kv.layout.kv_heads, group.slots, -1)
+                keys = from_fp8(keys.view(shape), scales[0], queries.dtype)
+                values = from_fp8(values.view(shape), scales[1], queries.dtype)
             own = queries[group.tokens]
             compute = self._decode if group.queries == 1 else self._prefill
             parts.append(compute(own, keys, values, group))

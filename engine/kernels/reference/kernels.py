@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.device_tensors import placed
+from engine.kernels.kv_scales import no_scales, to_fp8
 from engine.kernels.protocol import NormWeights, Span
 from engine.kernels.reference import dense
 from engine.kernels.reference.attention import (
@@ -37,6 +38,7 @@ class ReferenceKernels:
         self._spec = spec
         self._dtype: torch.dtype = getattr(torch, layout.dtype)
         self._kv = PagedKv(layout, memory)
+        self.kv_scales = no_scales(spec, memory.device) if layout.fp8 else None
         self._attention = Gathering(self._kv, spec.heads)
         self._device = memory.device
         self._frequencies = frequencies(spec.rope, spec.head_dim).to(self._device)
@@ -89,9 +91,13 @@ class ReferenceKernels:
             )
         turned = rotate(turned, plan.angles)
         stored = torch.cat((turned[:, spec.heads :], values), dim=1)
+        if self.kv_scales is not None:
+            stored = to_fp8(stored, self.kv_scales[layer].view(-1))
         cells = self._kv.cells[layer]
         cells.index_copy_(0, plan.write, stored.view(-1, cells.shape[1]))
         return turned[:, : spec.heads]
 
     def attend(self, layer: int, queries: torch.Tensor, plan: Plan) -> torch.Tensor:
-        return self._attention.attend(layer, queries, plan.groups[self._spec.window_of(layer)])
+        scales = None if self.kv_scales is None else self.kv_scales[layer]
+        groups = plan.groups[self._spec.window_of(layer)]
+        return self._attention.attend(layer, queries, groups, scales)

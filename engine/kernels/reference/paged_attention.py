@@ -17,7 +17,7 @@ from engine.kv_layout import KvLayout
 
 def paged_views(layout: KvLayout, memory: torch.Tensor) -> torch.Tensor:
     """KV memory (uint8) as [pages, layers, K and V, blocks_per_page, kv_heads, slots, head_dim]."""
-    flat = memory.view(getattr(torch, layout.dtype))
+    flat = memory.view(getattr(torch, layout.stored_dtype))
     tile = layout.tile_elements
     side = layout.blocks_per_page * layout.kv_heads * tile
     return flat.as_strided(
@@ -42,12 +42,14 @@ def attend_paged(
     spans: Sequence[Span],
     *,
     window_tokens: int = 0,
+    scales: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """Causal attention of `queries` [tokens, heads, head_dim] to [tokens, heads * head_dim].
 
     A query sees the keys of its own position and before it; with a window, its own and the
-    `window_tokens - 1` before it. Computed and returned in `dtype`.
+    `window_tokens - 1` before it. `scales` [K and V, kv_heads] are of what is stored as FP8.
+    Computed and returned in `dtype`.
     """
     views = paged_views(layout, memory)
     rows = []
@@ -60,6 +62,8 @@ def attend_paged(
         both = torch.stack([views[page, layer, :, inner] for page, inner in cells], dim=2)
         # [K and V, head, token, dim]
         both = both.reshape(2, layout.kv_heads, -1, layout.head_dim)[:, :, :end].to(dtype)
+        if scales is not None:
+            both = both * scales.to(dtype)[:, :, None, None]
         group = own.shape[1] // layout.kv_heads
         keys, values = both.repeat_interleave(group, dim=1)
         scores = own.to(dtype).transpose(0, 1) @ keys.transpose(1, 2) * layout.head_dim**-0.5

@@ -29,7 +29,7 @@ class PagedKv:
     def __init__(self, layout: KvLayout, memory: torch.Tensor) -> None:
         self.layout = layout
         self.device = memory.device
-        flat = memory.view(getattr(torch, layout.dtype))
+        flat = memory.view(getattr(torch, layout.moved_dtype))
         page, heads = layout.page_elements, layout.kv_heads
         tile, dim = layout.tile_elements, layout.head_dim
         self.row = math.gcd(page, tile)

@@ -13,6 +13,9 @@ that comes last, by the counter in `arrived`, folds all of them in ascending ord
 to what, and in which order, follows from the sequence's own length alone. Counters are zero between
 launches: make them zero once.
 
+Keys and values that are stored as FP8 become the queries' dtype as they are loaded; their scales
+are of a head, so they are taken into the scores' scale and into the sums in the end.
+
 Bytes moved: 2 * dim * item size for each visible key and key head, the queries and outputs; of a
 sequence with several items also 2 * 4 * (dim + 2) for each item and query head, about 3 % of the
 keys and values at 256 tokens, 128 dimensions and groups of 4. Slots that hold no visible key are
@@ -31,7 +34,7 @@ import triton.language as tl
 
 from engine.kernels.triton.attention_shapes import REGISTERS_MAX, DecodeShape
 from engine.kernels.triton.paging import PagedMemory
-from engine.kernels.triton.variants import Variant
+from engine.kernels.triton.variants import FP8_TARGETS, Variant
 
 SIGNATURE = {
     "queries": "*bf16:16",
@@ -54,8 +57,8 @@ SIGNATURE = {
     "arrived": "*i32:16",
     "sequences": "i32",
     "kv_heads": "i32",
+    "scales": "*fp32:16",
     "score_scale": "fp32",
-    "value_scale": "fp32",
 }
 
 
@@ -81,8 +84,9 @@ def attention_decode_kernel(
     arrived,
     sequences,
     kv_heads,
+    scales,
     score_scale,
-    value_scale,
+    SCALED: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
@@ -101,6 +105,10 @@ def attention_decode_kernel(
     for work in range(tl.program_id(0), total, tl.num_programs(0)):
         item = work // kv_heads
         head = work % kv_heads
+        own_score_scale, value_scale = score_scale, 1.0
+        if SCALED:
+            own_score_scale *= tl.load(scales + head)
+            value_scale = tl.load(scales + kv_heads + head)
         sequence = tl.load(items + 2 * item).to(tl.int64)
         split = tl.load(items + 2 * item + 1)
         length = tl.load(lengths + sequence)
@@ -136,7 +144,7 @@ def attention_decode_kernel(
                 scores = tl.dot(query.to(tl.float32), tl.trans(keys.to(tl.float32)))
             else:
                 scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
-            scores = tl.where(visible[None, :], scores * score_scale, float("-inf"))
+            scores = tl.where(visible[None, :], scores * own_score_scale, float("-inf"))
             higher = tl.maximum(peak, tl.max(scores, axis=1))
             shrunk = tl.exp2(peak - higher)
             part = tl.exp2(scores - higher[:, None])
@@ -252,12 +260,11 @@ def attention_decode(
     shape: DecodeShape,
     *,
     programs: int,
-    value_scale: float = 1.0,
-    key_scale: float = 1.0,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Write `output` [sequences, heads * dim], with `programs` programs.
 
-    The scales are of stored keys and values that are narrower than the queries.
+    `scales` [K and V, kv_heads] are of the layer's keys and values where these are stored as FP8.
     """
     assert queries.stride(2) == 1
     assert output.stride(1) == 1
@@ -282,8 +289,9 @@ def attention_decode(
         scratch.arrived,
         len(lengths),
         shape.kv_heads,
-        shape.head_dim**-0.5 * key_scale / math.log(2),
-        value_scale,
+        scratch.peaks if scales is None else scales,
+        shape.head_dim**-0.5 / math.log(2),
+        SCALED=scales is not None,
         **shape.constexprs(),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
@@ -303,7 +311,7 @@ def variants() -> Iterator[Variant]:
         ("bf16 dim 256 group 8", 8, 1, 256, 0),
     ):
         shape = replace(DecodeShape.choose(heads, kv_heads, dim, 32), window_tokens=window)
-        constexprs = {**shape.constexprs(), "WIDEN": False}
+        constexprs = {**shape.constexprs(), "SCALED": False, "WIDEN": False}
         yield Variant(
             name,
             attention_decode_kernel,
@@ -312,4 +320,20 @@ def variants() -> Iterator[Variant]:
             shape.num_warps,
             shape.num_stages,
             REGISTERS_MAX,
+        )
+    for name, heads, kv_heads, dim in (
+        ("fp8 dim 64 group 4", 32, 8, 64),
+        ("fp8 dim 128 group 4", 32, 8, 128),
+        ("fp8 dim 256 group 8", 8, 1, 256),
+    ):
+        shape = DecodeShape.choose(heads, kv_heads, dim, 32)
+        yield Variant(
+            name,
+            attention_decode_kernel,
+            {**SIGNATURE, "memory": "*fp8e4nv:16"},
+            {**shape.constexprs(), "SCALED": True, "WIDEN": False},
+            shape.num_warps,
+            shape.num_stages,
+            REGISTERS_MAX,
+            targets=FP8_TARGETS,
         )

@@ -12,6 +12,9 @@ keys in tiles that start at multiples of `TILE` from the sequence's beginning, a
 in the same way whether the rest of the tile is visible or not: so its result does not depend on how
 the prompt was cut into chunks, nor on other spans.
 
+Keys and values that are stored as FP8 become the queries' dtype as they are loaded; their scales
+are of a head, so they are taken into the scores' scale and into the sums in the end.
+
 Bytes moved: queries and outputs once; for each tile of queries and key head 2 * dim * item size for
 each key that its last token sees. Slots that hold no visible key are not read.
 """
@@ -31,7 +34,7 @@ import triton.language as tl
 from engine.kernels.protocol import Span
 from engine.kernels.triton.attention_shapes import PrefillShape
 from engine.kernels.triton.paging import PagedMemory
-from engine.kernels.triton.variants import Variant
+from engine.kernels.triton.variants import FP8_TARGETS, Variant
 
 SIGNATURE = {
     "queries": "*bf16:16",
@@ -49,8 +52,8 @@ SIGNATURE = {
     "spans": "*i32",
     "tiles": "*i32",
     "kv_heads": "i32",
+    "scales": "*fp32:16",
     "score_scale": "fp32",
-    "value_scale": "fp32",
 }
 
 
@@ -71,8 +74,9 @@ def attention_prefill_kernel(
     spans,
     tiles,
     kv_heads,
+    scales,
     score_scale,
-    value_scale,
+    SCALED: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
@@ -84,6 +88,10 @@ def attention_prefill_kernel(
 ):
     tile = tl.program_id(0) // kv_heads
     head = tl.program_id(0) % kv_heads
+    value_scale = 1.0
+    if SCALED:
+        score_scale *= tl.load(scales + head)
+        value_scale = tl.load(scales + kv_heads + head)
     span = tl.load(tiles + 2 * tile)
     first = tl.load(tiles + 2 * tile + 1)
     start = tl.load(spans + 3 * span)
@@ -236,12 +244,11 @@ def attention_prefill(
     tiles: torch.Tensor,
     shape: PrefillShape,
     *,
-    value_scale: float = 1.0,
-    key_scale: float = 1.0,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Write the spans' rows of `output` [tokens, heads * dim].
 
-    The scales are of stored keys and values that are narrower than the queries.
+    `scales` [K and V, kv_heads] are of the layer's keys and values where these are stored as FP8.
     """
     assert queries.stride(2) == 1
     assert output.stride(1) == 1
@@ -261,8 +268,9 @@ def attention_prefill(
         spans,
         tiles,
         shape.kv_heads,
-        shape.head_dim**-0.5 * key_scale / math.log(2),
-        value_scale,
+        spans if scales is None else scales,
+        shape.head_dim**-0.5 / math.log(2),
+        SCALED=scales is not None,
         **shape.constexprs(),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
@@ -284,8 +292,24 @@ def variants() -> Iterator[Variant]:
             name,
             attention_prefill_kernel,
             SIGNATURE,
-            {**shape.constexprs(), "WIDEN": False},
+            {**shape.constexprs(), "SCALED": False, "WIDEN": False},
             shape.num_warps,
             shape.num_stages,
             shape.registers_max,
+        )
+    for name, heads, kv_heads, dim in (
+        ("fp8 dim 64 group 4", 32, 8, 64),
+        ("fp8 dim 128 group 4", 32, 8, 128),
+        ("fp8 dim 256 group 8", 8, 1, 256),
+    ):
+        shape = PrefillShape.choose(heads, kv_heads, dim, 32)
+        yield Variant(
+            name,
+            attention_prefill_kernel,
+            {**SIGNATURE, "memory": "*fp8e4nv:16"},
+            {**shape.constexprs(), "SCALED": True, "WIDEN": False},
+            shape.num_warps,
+            shape.num_stages,
+            shape.registers_max,
+            targets=FP8_TARGETS,
         )

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 
 from engine.device_tensors import placed
+from engine.errors import DeviceUnsuitable
+from engine.kernels.kv_scales import no_scales
 from engine.kernels.protocol import NormWeights, Span
 from engine.kernels.reference.dense import choose_linear
 from engine.kernels.reference.rotary import frequencies
@@ -33,10 +35,11 @@ from engine.kernels.triton.paging import PagedMemory
 from engine.kernels.triton.rotary_angles import rotary_angles
 from engine.kernels.triton.rotate_and_store import rotate_and_store
 from engine.kv_layout import KvLayout
-from engine.models.spec import ModelSpec
+from engine.models.spec import DTYPE_BYTES, ModelSpec
 
 PART_ITEMS = 4
 """Parts of the copied numbers begin at multiples of 16 bytes, as compiled kernels expect."""
+FP8_CAPABILITY = (8, 9)
 INTERPRETED_PROGRAMS = 2
 """Of a persistent grid where there are no multiprocessors to count."""
 
@@ -98,7 +101,13 @@ class TritonKernels:
         self._layout = layout
         self._device = memory.device
         self._memory = PagedMemory(layout, memory)
-        shape = (spec.heads, spec.kv_heads, spec.head_dim, layout.block_tokens, layout.item_bytes)
+        self.kv_scales: torch.Tensor | None = None
+        if layout.fp8:
+            _require_fp8(memory.device)
+            self.kv_scales = no_scales(spec, memory.device)
+        # Tiles are cut for what is computed in, which stored keys and values become.
+        item_bytes = DTYPE_BYTES[layout.dtype]
+        shape = (spec.heads, spec.kv_heads, spec.head_dim, layout.block_tokens, item_bytes)
         self._decode = DecodeShape.choose(*shape)
         self._prefill = PrefillShape.choose(*shape)
         self._windows = spec.windows_seen
@@ -211,7 +220,16 @@ class TritonKernels:
     ) -> torch.Tensor:
         memory, heads = self._memory.flat, self._spec.heads
         return rotate_and_store(
-            qkv, norms, epsilon, plan.angles, plan.cells, memory, self._layout, layer, heads
+            qkv,
+            norms,
+            epsilon,
+            plan.angles,
+            plan.cells,
+            memory,
+            self._layout,
+            layer,
+            heads,
+            self._scales_of(layer),
         )
 
     def attend(self, layer: int, queries: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -231,6 +249,7 @@ class TritonKernels:
                 plan.scratch,
                 self._decode_of[window],
                 programs=self._programs,
+                scales=self._scales_of(layer),
             )
         if len(plan.tiles):
             tables = plan.tables[plan.decodes :]
@@ -243,8 +262,12 @@ class TritonKernels:
                 plan.chunks,
                 plan.tiles,
                 self._prefill_of[window],
+                scales=self._scales_of(layer),
             )
         return output
+
+    def _scales_of(self, layer: int) -> torch.Tensor | None:
+        return None if self.kv_scales is None else self.kv_scales[layer]
 
     def _list(self, lengths: torch.Tensor, items: torch.Tensor, window: int) -> Work:
         firsts = torch.empty(len(lengths) + 1, dtype=torch.int32, device=self._device)
@@ -297,3 +320,18 @@ def _programs(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return RESIDENT_PROGRAMS * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _require_fp8(device: torch.device) -> None:
+    """Raise DeviceUnsuitable for a GPU that does not convert FP8."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        major, minor = capability
+        raise DeviceUnsuitable(
+            f"keys and values cannot be stored as FP8 on a GPU of compute capability "
+            f"{major}.{minor}, which does not convert it; it takes {FP8_CAPABILITY[0]}."
+            f'{FP8_CAPABILITY[1]}: set kv_dtype = "auto"',
+            capability=f"{major}.{minor}",
+        )

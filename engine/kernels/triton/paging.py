@@ -18,7 +18,7 @@ class PagedMemory:
 
     def __init__(self, layout: KvLayout, memory: torch.Tensor) -> None:
         self.layout = layout
-        self.flat = memory.view(getattr(torch, layout.dtype))
+        self.flat = memory.view(getattr(torch, layout.stored_dtype))
         self.page_stride = layout.page_elements
         self.side = layout.blocks_per_page * layout.kv_heads * layout.tile_elements
         """Elements of all keys, or all values, of a layer in a page."""

@@ -14,11 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.kv_scales import FP8_MAX
 from engine.kernels.protocol import NormWeights
-from engine.kernels.triton.variants import Variant
+from engine.kernels.triton.variants import FP8_TARGETS, Variant
 from engine.kv_layout import KvLayout
 
 HEADS_PER_PROGRAM = 8
+FP8_LARGEST = tl.constexpr(FP8_MAX)
 NO_CELL = -1
 """The cell of a token whose keys and values are not stored."""
 
@@ -47,6 +49,13 @@ def _normed(part, scale, weight):
 
 
 @triton.jit
+def _fitting(numbers, scale):
+    """What FP8 can hold of numbers over their scale; anything else is no number."""
+    scaled = numbers.to(tl.float32) / scale
+    return tl.where(tl.abs(scaled) <= FP8_LARGEST, scaled, float("nan"))
+
+
+@triton.jit
 def rotate_and_store_kernel(
     qkv,
     query_weight,
@@ -54,12 +63,14 @@ def rotate_and_store_kernel(
     angles,
     cells,
     memory,
+    scales,
     qkv_stride,
     angles_stride,
     layer_start,
     side,
     page_elements,
     epsilon,
+    SCALED: tl.constexpr,
     NORMED: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -132,10 +143,17 @@ def rotate_and_store_kernel(
     )
     target = memory + start + _head_place(head, HEADS, KV_HEADS, side, tile)[:, None]
     kind = memory.dtype.element_ty
+    if SCALED:
+        # Scales lie as stored heads do: those of keys, then those of values.
+        scale = tl.load(scales + head - HEADS, mask=is_head & (head >= HEADS), other=1.0)[:, None]
+        turned_first = _fitting(turned_first, scale)
+        turned_second = _fitting(turned_second, scale)
     tl.store(target + pair[None, :], turned_first.to(kind), mask=mask & to_cell)
     tl.store(target + HALF + pair[None, :], turned_second.to(kind), mask=mask & to_cell)
     if HEAD_DIM > 2 * HALF:
         tl.store(source + rest_at[None, :], rest, mask=rest_mask & is_query[:, None])
+        if SCALED:
+            rest = _fitting(rest, scale)
         tl.store(target + rest_at[None, :], rest.to(kind), mask=rest_mask & to_cell)
 
 
@@ -149,12 +167,14 @@ def rotate_and_store(
     layout: KvLayout,
     layer: int,
     heads: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm, rotate and store one layer's heads; returns the queries [tokens, heads, head_dim].
 
     `qkv` [tokens, (heads + 2 kv_heads) * head_dim] is overwritten and the result is a view of it.
     `angles` [tokens, 2, pairs] come from `rotary_angles`, `cells` [tokens] are whole numbers, and
-    `memory` is the KV memory as elements of its dtype, over whole pages.
+    `memory` is the KV memory as elements of its dtype, over whole pages; `scales` [K and V,
+    kv_heads] are the layer's where that is FP8.
     """
     tokens, half = len(qkv), angles.shape[2]
     heads_all = heads + 2 * layout.kv_heads
@@ -172,12 +192,14 @@ def rotate_and_store(
             angles,
             cells,
             memory,
+            angles if scales is None else scales,
             qkv.stride(0),
             angles.stride(0),
             2 * layer * side,
             side,
             layout.page_elements,
             epsilon,
+            SCALED=scales is not None,
             NORMED=norms is not None,
             HEADS=heads,
             KV_HEADS=layout.kv_heads,
@@ -197,26 +219,31 @@ def variants() -> Iterator[Variant]:
     pointers = dict.fromkeys(("qkv", "query_weight", "key_weight", "memory"), "*bf16:16")
     signature = {
         **pointers,
+        "scales": "*fp32:16",
         "angles": "*fp32:16",
         "cells": "*i32:16",
         **dict.fromkeys(("qkv_stride", "angles_stride", "layer_start", "side"), "i32:16"),
         "page_elements": "i32:16",
         "epsilon": "fp32",
     }
-    for heads, kv_heads, head_dim, normed in (
-        (32, 8, 64, False),
-        (32, 8, 128, False),
-        (32, 8, 128, True),
-        (16, 8, 128, True),
-        (8, 4, 256, True),
-        (20, 20, 80, False),
+    for heads, kv_heads, head_dim, normed, fp8 in (
+        (32, 8, 64, False, False),
+        (32, 8, 128, False, False),
+        (32, 8, 128, True, False),
+        (16, 8, 128, True, False),
+        (8, 4, 256, True, False),
+        (20, 20, 80, False, False),
+        (32, 8, 128, False, True),
+        (16, 8, 128, True, True),
     ):
         half = head_dim // 2
         yield Variant(
-            f"bf16 heads {heads}/{kv_heads} dim {head_dim}{' normed' if normed else ''}",
+            f"{'fp8' if fp8 else 'bf16'} heads {heads}/{kv_heads} dim {head_dim}"
+            f"{' normed' if normed else ''}",
             rotate_and_store_kernel,
-            signature,
+            {**signature, "memory": "*fp8e4nv:16"} if fp8 else signature,
             {
+                "SCALED": fp8,
                 "NORMED": normed,
                 "HEADS": heads,
                 "KV_HEADS": kv_heads,
@@ -228,4 +255,5 @@ def variants() -> Iterator[Variant]:
                 "BLOCK_HALF": triton.next_power_of_2(half),
                 "BLOCK_REST": 1,
             },
+            targets=FP8_TARGETS if fp8 else (80, 90, 100),
         )

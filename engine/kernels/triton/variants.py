@@ -19,6 +19,9 @@ import triton
 
 import engine.kernels.triton as package
 
+FP8_TARGETS = (90, 100)
+"""Generations that convert FP8 themselves; the first that does is 8.9."""
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:

@@ -12,6 +12,7 @@ from engine.kernels.triton.attention_decode import Scratch, attention_decode
 from engine.kernels.triton.attention_shapes import DecodeShape
 from engine.kernels.triton.attention_work import items_max, list_work
 from engine.kernels.triton.paging import PagedMemory
+from engine.models.spec import FP8
 from tests.engine.paged_stage import Stage
 
 SPLIT = 64
@@ -29,7 +30,7 @@ def run(
 ) -> torch.Tensor:
     layout = stage.layout
     chosen = DecodeShape.choose(
-        stage.heads, layout.kv_heads, layout.head_dim, layout.block_tokens, layout.item_bytes
+        stage.heads, layout.kv_heads, layout.head_dim, layout.block_tokens, queries.element_size()
     )
     shape = replace(chosen, split_tokens=SPLIT, window_tokens=window)
     counted = torch.tensor(lengths, dtype=torch.int32)
@@ -54,6 +55,7 @@ def run(
         scratch,
         shape,
         programs=programs,
+        scales=stage.scales(layer),
     )
     assert not scratch.arrived.any()
     return output
@@ -104,6 +106,18 @@ def test_blocks_before_a_window_may_be_others_by_now(window: int, block_tokens: 
     given_back = stage.forget_before([length - window for length in LENGTHS])
     assert given_back.tables != stage.tables
     assert torch.equal(run(given_back, LENGTHS, queries, window=window), wanted)
+
+
+@pytest.mark.parametrize("window", [0, SPLIT + 3])
+@pytest.mark.parametrize(("group", "kv_heads", "dim"), [(4, 2, 64), (7, 1, 80), (1, 3, 128)])
+def test_what_is_stored_as_fp8_is_scaled(group: int, kv_heads: int, dim: int, window: int) -> None:
+    """Each head by its own scale, over pages with NaN."""
+    stage = Stage.make(LENGTHS, heads=group * kv_heads, kv_heads=kv_heads, dim=dim, dtype=FP8)
+    queries = stage.queries([1] * len(LENGTHS))
+    found = run(stage, LENGTHS, queries, window=window)
+    wanted = stage.expected(queries, spans_of(stage, LENGTHS), 1, window)
+    assert wanted.abs().max() > 0.5
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=2e-6)
 
 
 def test_a_sequence_does_not_depend_on_the_others_or_on_the_programs() -> None:

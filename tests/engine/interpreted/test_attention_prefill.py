@@ -16,6 +16,7 @@ from engine.kernels.triton.attention_prefill import (
 )
 from engine.kernels.triton.attention_shapes import PrefillShape
 from engine.kernels.triton.paging import PagedMemory
+from engine.models.spec import FP8
 from tests.engine.interpreted.accuracy import assert_as_exact_as_torch
 from tests.engine.paged_stage import Stage
 
@@ -35,7 +36,7 @@ def run(
     """`queries` may have rows before those of the spans, which stay as they are."""
     layout = stage.layout
     chosen = PrefillShape.choose(
-        stage.heads, layout.kv_heads, layout.head_dim, layout.block_tokens, layout.item_bytes
+        stage.heads, layout.kv_heads, layout.head_dim, layout.block_tokens, queries.element_size()
     )
     shape = replace(chosen, rows=ROWS, tile_tokens=TILE, window_tokens=window)
     output = torch.full(
@@ -50,6 +51,7 @@ def run(
         torch.from_numpy(prefill_spans(spans, first_row)),
         torch.from_numpy(prefill_tiles(spans, shape)),
         shape,
+        scales=stage.scales(layer),
     )
     assert output[:first_row].isnan().all()
     return output[first_row:]
@@ -125,6 +127,19 @@ def test_scores_far_below_nothing_at_all_still_count() -> None:
     found = run(stage, spans, queries, window=3)
     wanted = stage.expected(queries, spans, 1, 3)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, TILE + 3])
+@pytest.mark.parametrize(("group", "kv_heads", "dim"), [(4, 2, 64), (7, 1, 80)])
+def test_what_is_stored_as_fp8_is_scaled(group: int, kv_heads: int, dim: int, window: int) -> None:
+    """Each head by its own scale, over pages with NaN."""
+    stage = Stage.make(LENGTHS, heads=group * kv_heads, kv_heads=kv_heads, dim=dim, dtype=FP8)
+    spans = mixed(stage, CHUNKS)
+    queries = stage.queries([span.count for span in spans])
+    found = run(stage, spans, queries, window=window)
+    wanted = stage.expected(queries, spans, 1, window)
+    assert wanted.abs().max() > 0.5
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=2e-6)
 
 
 def test_a_token_does_not_depend_on_its_chunk_or_on_other_spans() -> None:

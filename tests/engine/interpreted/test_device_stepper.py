@@ -69,7 +69,7 @@ def make_engine(
     given: dict[str, Any] = {"make_stepper": DeviceStepper} if device else {}
     pages = limits.pop("pages", 64)
     space = PlainKvSpace(PAGE_BYTES, pages)
-    space.memory().view(torch.float32).fill_(float("nan"))
+    space.memory().fill_(0xFF)  # no number, as float32 and as FP8
     chosen = EngineLimits(**{"context_tokens": 48, "running_requests_max": 8, **limits})
     return Engine(spec, WEIGHTS, space, chosen, graphs=graphs, **given)
 
@@ -151,6 +151,25 @@ def test_within_a_window_what_is_given_back_is_not_missed(captured: bool) -> Non
         cached = make_engine(RecordedGraphs(), spec=spec, pages=8, step_tokens=8)
         assert answers(cached, 5, GREEDY) == answers(cached, 5, GREEDY) == wanted
         assert cached.statistics().prefix_hit_tokens_total > 0
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_over_fp8_it_draws_what_the_reference_does(captured: bool) -> None:
+    """Preempted, paused and found again, with NaN wherever nothing was stored."""
+    wanted = answers(make_engine(device=False, fp8_kv=True), 5, GREEDY)
+    graphs = RecordedGraphs() if captured else None
+    engine = make_engine(graphs, fp8_kv=True, pages=16)
+    assert engine.layout.block_bytes < make_engine(device=False).layout.block_bytes * 4
+    submit(engine, 5, GREEDY)
+
+    def pause(steps: int) -> None:
+        if steps % 4 == 3:
+            engine.pause(keep_kv=steps % 8 == 3)
+            engine.resume(WEIGHTS)
+
+    outputs = run(engine, pause)
+    assert [tokens_of(outputs[index]) for index in range(5)] == wanted
+    assert answers(engine, 5, GREEDY) == wanted
 
 
 def test_company_and_padding_change_nothing(greedy_answers: list[list[int]]) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from engine.kernels.kv_scales import to_fp8
 from engine.kernels.protocol import NormWeights, Span
 from engine.kernels.reference import dense
 from engine.kernels.reference.kernels import ReferenceKernels
+from engine.kernels.reference.paged_attention import paged_views
 from engine.kernels.reference.rotary import Angles, frequencies, rotate
 from engine.kernels.triton.rotary_angles import rotary_angles
 from engine.kernels.triton.rotate_and_store import NO_CELL, rotate_and_store
@@ -105,6 +108,18 @@ class Stage:
         weights = None if norms is None else (norms[0].to(kind), norms[1].to(kind))
         qkv = self.qkv.to(kind).contiguous()
         return kernels.rotate_and_store(layer, qkv, weights, EPSILON, plan), memory
+
+    def by_kernel_as_fp8(self, layer: int, scales: torch.Tensor) -> torch.Tensor:
+        """`paged_views` of memory written as FP8, which was no number in any byte before."""
+        layout = replace(self.layout, fp8=True, page_bytes=self.layout.page_elements)
+        memory = torch.full((self.memory.numel(),), 0xFF, dtype=torch.uint8)
+        angles = rotary_angles(self.positions, frequencies(self.spec.rope, self.spec.head_dim))
+        flat = memory.view(torch.float8_e4m3fn)
+        rotate_and_store(
+            self.qkv.clone(), None, EPSILON, angles, self.cells, flat, layout, layer, self.heads,
+            scales,
+        )  # fmt: skip
+        return paged_views(layout, memory)
 
     def by_kernel(self, layer: int, norms: NormWeights | None, cells: torch.Tensor):
         frequency = frequencies(self.spec.rope, self.spec.head_dim)
@@ -212,3 +227,26 @@ def test_angles_of_far_positions_are_the_references() -> None:
     found = rotary_angles(positions, frequency)
     turned = positions.float()[:, None] * frequency
     torch.testing.assert_close(found, torch.stack((turned.cos(), turned.sin()), dim=1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (7, 1, 80), (2, 3, 20)])
+def test_as_fp8_it_stores_what_the_reference_makes_of_the_same_numbers(
+    heads: int, kv_heads: int, head_dim: int, dtype: str
+) -> None:
+    """To the byte; each head by its own scale, and what does not fit, or is none, as no number."""
+    stage = Stage(heads, kv_heads, head_dim, dtype, ROPES["plain"], [1, 5, 33])
+    stage.qkv[2, heads * head_dim] = float("nan")
+    stage.qkv[3, -1] = 1e4
+    scales = torch.exp2(torch.arange(2.0 * kv_heads) % 4 - 2).view(2, kv_heads)
+    found = stage.by_kernel_as_fp8(1, scales).float()
+    stage.by_kernel(1, None, stage.cells)
+    plain = paged_views(stage.layout, stage.memory.view(torch.uint8))
+    # [pages, layers, blocks, slots, K and V, heads, dim]
+    numbers = plain.permute(0, 1, 3, 5, 2, 4, 6)
+    wanted = to_fp8(numbers, scales).view(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(
+        found.permute(0, 1, 3, 5, 2, 4, 6), wanted, rtol=0, atol=0, equal_nan=True
+    )
+    written = len(stage.cells) * 2 * kv_heads * head_dim
+    assert torch.isfinite(found).sum() == written - 3, "one that is none, its pair, and a large one"

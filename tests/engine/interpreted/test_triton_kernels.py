@@ -77,13 +77,14 @@ def run(spec: ModelSpec, kernels: Kernels, sequences: int) -> list[torch.Tensor]
 
 
 def stage(
-    family: Family, windows: tuple[int, ...] = ()
+    family: Family, windows: tuple[int, ...] = (), *, fp8: bool = False
 ) -> tuple[ModelSpec, KvLayout, torch.Tensor]:
     spec = spec_of(family, windows)
-    layout = KvLayout.choose(spec, "float32", PAGE_BYTES)
-    memory = torch.full((PAGES * layout.page_elements,), float("nan"))
+    layout = KvLayout.choose(spec, "float32", PAGE_BYTES, fp8=fp8)
+    # Ones in all bits are no number, as float32 and as FP8.
+    memory = torch.full((PAGES * PAGE_BYTES,), 0xFF, dtype=torch.uint8)
     assert PAGES * layout.blocks_per_page >= 40
-    return spec, layout, memory.view(torch.uint8)
+    return spec, layout, memory
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,22 @@ def test_a_model_says_the_same_as_over_the_reference(
     for mine, theirs in zip(found, wanted, strict=True):
         assert theirs.std() > 0.1, "a model that says nothing tests nothing"
         assert (mine - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("family", "windows"), [("qwen2", ()), ("qwen3", (7, 0))])
+def test_over_fp8_it_says_the_same_as_the_reference(
+    family: Family, windows: tuple[int, ...]
+) -> None:
+    """But where a number lies between two of FP8's, and either may be taken."""
+    spec, layout, memory = stage(family, windows, fp8=True)
+    found = run(spec, TritonKernels(spec, layout, memory.clone()), 2)
+    wanted = run(spec, ReferenceKernels(spec, layout, memory.clone()), 2)
+    plain_spec, plain_layout, plain_memory = stage(family, windows)
+    plain = run(plain_spec, ReferenceKernels(plain_spec, plain_layout, plain_memory), 2)
+    for mine, theirs, own in zip(found, wanted, plain, strict=True):
+        lost = (theirs - own).abs().mean()
+        assert lost > 1e-3, "nothing was rounded"
+        assert (mine - theirs).abs().mean() < lost / 20
 
 
 class Counting(TritonKernels):
