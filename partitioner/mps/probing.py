@@ -15,15 +15,19 @@ from partitioner.mps.control import Language, MpsControl
 from partitioner.mps.legacy import LegacyControl
 from partitioner.mps.named import NamedControl
 
+QUESTION = ("-p", "3", "-h")
+NAMED_WORD = "namespace"
+"""In the answer of a program that has servers by name."""
+
 
 async def language_of(program: tuple[str, ...], directory: Path) -> Language:
     """The newest language that the program speaks. Raises `MpsUnavailableError` without one."""
     commands = Commands(program, directory, {})
     try:
-        told = await commands.ask("-p", "3", "-h")
+        told = await commands.ask(*QUESTION)
     except MpsCommandError:
         return Language.LEGACY  # It does not know the option.
-    return Language.NAMED if "namespace" in told else Language.LEGACY
+    return Language.NAMED if NAMED_WORD in told else Language.LEGACY
 
 
 def control(

@@ -169,6 +169,15 @@ def test_gpus_in_trouble_are_named_with_what_mends_it(
     assert mend in found[name][1]
 
 
+def test_the_control_program_is_asked_for_its_protocol(host: FakeHost, config: Config) -> None:
+    subject = Subject(config, host, (H200,))
+    assert states(subject)["MPS"].found == "/usr/bin/mps, protocol 2 (3 from driver 615)"
+    host.outputs["/usr/bin/mps", "-p", "3", "-h"] = "namespace create NAME\n"
+    assert states(subject)["MPS"].found == "/usr/bin/mps, protocols 2 and 3"
+    assert SystemHost().output("/bin/sh", "-c", "echo up; echo down") == "up\ndown\n"
+    assert SystemHost().output("/bin/sh", "-c", "echo up; exit 1") == ""
+
+
 def test_a_gpu_near_no_node_counts_where_there_are_several(host: FakeHost, config: Config) -> None:
     lost = replace(H200, numa_node=None)
     assert "NUMA" not in worse(Subject(config, host, (lost,)))
@@ -215,7 +224,7 @@ def test_every_host_answers_every_effect(any_host: Host, tmp_path: Path) -> None
     assert read(any_host, "/proc/no/such/file") is None
     assert any_host.limit(resource.RLIMIT_NOFILE) is None or any_host.limit(resource.RLIMIT_NOFILE)
     assert any_host.program("no-such-program") == ""
-    assert any_host.first_line("/no/such/program", "-v") == ""
+    assert any_host.output("/no/such/program", "-v") == ""
     assert isinstance(any_host.sealing_problem(), str)
     assert isinstance(any_host.direct_io_problem(tmp_path / "not" / "there"), str)
     assert list(tmp_path.glob("not*")) == []

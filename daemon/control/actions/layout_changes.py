@@ -154,14 +154,16 @@ class LayoutChanges:
             if any(each.after.divided for each in change.gpus):
                 await self._sharing.refuse_missing()
             if intent.force:
-                return plan, change, await self._look(change, intent)
+                return plan, change, await self._look(change, intent, self._own_pids())
             await self._executor.refuse_held(change, self._own_pids())
         except PartitionerError as error:
             raise refusal(error) from error
         return plan, change, ()
 
-    async def _look(self, change: LayoutChange, intent: Intent) -> tuple[Holder, ...]:
-        return await self._forcing.look(change, self._own_pids(), intent.end_pids)
+    async def _look(
+        self, change: LayoutChange, intent: Intent, own_pids: frozenset[int]
+    ) -> tuple[Holder, ...]:
+        return await self._forcing.look(change, own_pids, intent.end_pids)
 
     def _own_pids(self) -> frozenset[int]:
         return frozenset(client.pid for client in self._world.processes.workers.values())
@@ -195,7 +197,7 @@ class LayoutChanges:
             await self._failpoints.reach(FailPoint.CLEARED)
             if intent.force:
                 # The last thing before the GPUs are cut: it alone cannot be taken back.
-                holders = await self._look(change, intent)
+                holders = await self._look(change, intent, pids)
                 change = self._forcing.noted(change, holders)
                 await self._note(change)
                 handle.update(message=f"ending {len(holders)} processes of others")

@@ -12,6 +12,7 @@ import re
 from daemon.control.doctor.findings import Finding, Subject, missing, ok, warning
 from daemon.control.doctor.host import may, read
 from partitioner.gpu import Gpu, GpuHealth
+from partitioner.mps.probing import NAMED_WORD, QUESTION
 
 # CUDA 12 runs on no older driver, CUDA 13, which current builds of torch are made with, on none
 # older than the second.
@@ -109,12 +110,9 @@ def mps(subject: Subject) -> Finding:
             f"{MPS_PROGRAM} is not on the path: no MPS shares",
             "install it with the driver (Debian and Ubuntu: nvidia-compute-utils-VERSION)",
         )
-    version = next((gpu.driver_version for gpu in subject.gpus if gpu.driver_version), "0")
-    major = re.match(r"\d+", version)
-    third = major is not None and int(major[0]) >= DRIVER_MPS_3
-    told = subject.host.first_line(path, "-v")
-    protocol = "protocols 2 and 3" if third else f"protocol 2 (3 from driver {DRIVER_MPS_3})"
-    return ok(", ".join(filter(None, (path, told, protocol))))
+    named = NAMED_WORD in subject.host.output(path, *QUESTION)
+    protocol = "protocols 2 and 3" if named else f"protocol 2 (3 from driver {DRIVER_MPS_3})"
+    return ok(f"{path}, {protocol}")
 
 
 def has_capability(subject: Subject, number: int) -> bool:

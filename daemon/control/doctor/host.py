@@ -38,8 +38,8 @@ class Host(Protocol):
         """The path of a program, or empty."""
         ...
 
-    def first_line(self, *command: str) -> str:
-        """The first line that a program writes; empty where it fails or takes too long."""
+    def output(self, *command: str) -> str:
+        """What a program writes; empty where it fails or takes too long."""
         ...
 
     def sealing_problem(self) -> str:
@@ -87,7 +87,7 @@ class SystemHost:
     def program(self, name: str) -> str:
         return shutil.which(name) or ""
 
-    def first_line(self, *command: str) -> str:
+    def output(self, *command: str) -> str:
         try:
             done = subprocess.run(
                 command,
@@ -98,8 +98,8 @@ class SystemHost:
             )
         except (OSError, subprocess.TimeoutExpired):
             return ""
-        lines = done.stdout.decode("utf-8", "replace").splitlines() if not done.returncode else []
-        return lines[0].strip() if lines else ""
+        told = done.stdout[:FILE_BYTES_MAX].decode("utf-8", "replace")
+        return "" if done.returncode else told
 
     def sealing_problem(self) -> str:
         try:
@@ -146,7 +146,7 @@ class FakeHost:
     root: Path
     limits: dict[int, int] = field(default_factory=dict)
     programs: dict[str, str] = field(default_factory=dict)
-    lines: dict[tuple[str, ...], str] = field(default_factory=dict)
+    outputs: dict[tuple[str, ...], str] = field(default_factory=dict)
     sealing: str = ""
     direct_io: str = ""
     free: int = 1 << 40
@@ -164,8 +164,8 @@ class FakeHost:
     def program(self, name: str) -> str:
         return self.programs.get(name, "")
 
-    def first_line(self, *command: str) -> str:
-        return self.lines.get(command, "")
+    def output(self, *command: str) -> str:
+        return self.outputs.get(command, "")
 
     def sealing_problem(self) -> str:
         return self.sealing
