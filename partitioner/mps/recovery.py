@@ -41,7 +41,9 @@ async def recover(
         return not await faulted(control)
 
     try:
-        await until(well, "", RECOVERY_TIMEOUT_S)
+        # Without a daemon there is nothing to wait for.
+        if await control.answers():
+            await until(well, "", RECOVERY_TIMEOUT_S)
     except MpsTimeoutError:
         await control.stop()
     await control.share(limits)

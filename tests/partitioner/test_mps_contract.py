@@ -1,9 +1,13 @@
-"""What every MPS control daemon must do for us: the simulated one in both languages."""
+"""What every MPS control daemon must do for us: the simulated one, and the driver's where it is.
+
+On a GPU it has directories of its own, two tiny clients, and leaves modes and settings as they are.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -12,16 +16,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from partitioner.errors import MpsError, MpsTimeoutError, MpsUnavailableError
-from partitioner.mps.commands import Commands
+from partitioner.errors import MpsError, MpsTimeoutError, MpsUnavailableError, NvmlError
+from partitioner.mps.commands import REAL_CONTROL, Commands
 from partitioner.mps.control import Language, Limits, MpsControl, ServerStatus
 from partitioner.mps.lifetime import PID_FILE
 from partitioner.mps.probing import control as control_of
 from partitioner.mps.probing import language_of
+from partitioner.nvml import PynvmlReader
 
 GIB = 1 << 30
 STAND_IN = (sys.executable, "-m", "partitioner.simulated.mps_control")
 CLIENT = (sys.executable, "-m", "partitioner.simulated.mps_client")
+PROBE = (sys.executable, "-m", "swap.share_probe")
 DEVICE = "GPU-5a1b6a3e-0000-4000-8000-0000000000aa"
 SMALL, LARGE = Limits(GIB, 25), Limits(2 * GIB, 50)
 
@@ -35,6 +41,7 @@ class Bench:
     multiprocessors: int
     memory_bytes: int
     root: Path
+    program: tuple[str, ...] = STAND_IN
 
     async def begin(self, number: int, limits: Limits) -> tuple[asyncio.subprocess.Process, dict]:
         """A client of a share, with what it says that it sees."""
@@ -42,13 +49,14 @@ class Bench:
         process = await asyncio.create_subprocess_exec(
             *("env", *(f"{name}={value}" for name, value in variables.items())),
             *(*self.client, "--multiprocessors", str(self.multiprocessors)),
-            *("--memory-bytes", str(self.memory_bytes)),
+            *("--memory-bytes", str(self.memory_bytes), "--limit-bytes", str(limits.memory_bytes)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
         assert process.stdout is not None
         line = await process.stdout.readline()
-        return process, json.loads(line) if line.startswith(b"{") else {"error": line.decode()}
+        assert line.startswith(b"{"), line + await process.stdout.read()
+        return process, json.loads(line)
 
 
 async def end(process: asyncio.subprocess.Process) -> None:
@@ -57,9 +65,33 @@ async def end(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-@pytest.fixture(params=["legacy", "named"])
+def real(language: Language, root: Path) -> Bench:
+    """The driver's own program on the first GPU that is not in MIG mode."""
+    if shutil.which(*REAL_CONTROL) is None:
+        pytest.skip("this host has no nvidia-cuda-mps-control")
+    if language is Language.NAMED and asyncio.run(language_of(REAL_CONTROL, root)) != language:
+        pytest.skip("this driver's control program knows no namespaces")
+    try:
+        gpus = PynvmlReader().discover()
+    except NvmlError as error:
+        pytest.skip(str(error))
+    gpu = next((each for each in gpus if not each.mig_enabled), None)
+    if gpu is None:
+        pytest.skip("every GPU is in MIG mode")
+    control = control_of(language, REAL_CONTROL, root, gpu.uuid)
+    return Bench(control, PROBE, gpu.sm_count, gpu.usable_bytes, root, REAL_CONTROL)
+
+
+@pytest.fixture(
+    params=[
+        *("legacy", "named"),
+        *(pytest.param(each, marks=pytest.mark.gpu) for each in ("real legacy", "real named")),
+    ]
+)
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
-    language = Language.NAMED if request.param == "named" else Language.LEGACY
+    language = Language.NAMED if request.param.endswith("named") else Language.LEGACY
+    if request.param.startswith("real"):
+        return real(language, tmp_path)
     return Bench(control_of(language, STAND_IN, tmp_path, DEVICE), CLIENT, 132, 141 * GIB, tmp_path)
 
 
@@ -140,12 +172,10 @@ def test_two_clients_have_each_its_share_and_no_more(bench: Bench, play: Callabl
 
 def test_a_device_that_is_not_there_is_noticed(bench: Bench, play: Callable) -> None:
     async def scenario() -> None:
-        other = control_of(bench.control.language, STAND_IN, bench.root, "GPU-unheard-of")
-        if bench.control.language is Language.LEGACY:
-            await bench.control.share((SMALL,))  # The running daemon is of another device.
-        else:
-            await bench.control.share((SMALL,))
-            await Commands(STAND_IN, bench.root, {}).ask("server", "delete", "hotbay")
+        other = control_of(bench.control.language, bench.program, bench.root, "GPU-unheard-of")
+        await bench.control.share((SMALL,))  # The running daemon is of another device.
+        if bench.control.language is Language.NAMED:
+            await Commands(bench.program, bench.root, {}).ask("server", "delete", "hotbay")
         with pytest.raises(MpsError, match="GPU-unheard-of"):
             await other.share((SMALL,))
 
