@@ -23,6 +23,7 @@ from engine.block_pool import BlockPool
 from engine.choose_stepper import choose_stepper
 from engine.filling import Filling
 from engine.flight import Flight
+from engine.giving_way import GivingWay
 from engine.graphs import Graphs
 from engine.kv_layout import KvLayout
 from engine.kv_space import KvSpace
@@ -31,13 +32,14 @@ from engine.limits import EngineLimits
 from engine.link.tokens import Output, Sampling
 from engine.models.decoder import Decoder, Gate, OpenGate, Weights
 from engine.models.spec import ModelSpec
-from engine.parking import KvLane, Vacating
+from engine.parking import KvLane
 from engine.prefix_keys import SECRET_BYTES, PrefixKeys
 from engine.refusals import no_room, refusal
 from engine.request import UNDRAWN, Request
 from engine.scheduler import Chunk, Scheduler
 from engine.statistics import EngineStatistics
 from engine.stepper import MakeStepper
+from engine.vacating import Vacating
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ class Engine:
 
     Made without `weights` it is paused until `resume`. `weights` has the tensors that
     `image_recipes` names, of `dtype`. `graphs` captures steps where the device does; engines of one
-    worker share it. Raises BlockTooLarge or KvTooSmall.
+    worker share it. By way of the lane that `make_lane` makes, KV is parked in host memory. Raises
+    BlockTooLarge or KvTooSmall.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Engine:
         dtype: str = "float32",
         graphs: Graphs | None = None,
         make_stepper: MakeStepper = choose_stepper,
+        make_lane: Callable[[KvLayout], KvLane] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
@@ -78,12 +82,16 @@ class Engine:
         keys = None
         if limits.prefix_cache:
             keys = PrefixKeys(secrets.token_bytes(SECRET_BYTES), self.layout.block_tokens)
-        self._scheduler = Scheduler(limits, self._pool, window, keys)
+        self.lane = make_lane(self.layout) if make_lane is not None else None
+        self._giving_way = GivingWay(self._pool, self.lane)
+        self._scheduler = Scheduler(limits, self._pool, window, keys, self._giving_way.park)
         self._filling = Filling(self._scheduler, BlockCopies(self.layout, kv.memory()))
         self._clock = clock
         self._stepper = make_stepper(spec, self.layout, kv.memory(), limits, graphs)
         self._answers = Answers(self._scheduler)
         self._flight: Flight | None = None
+        self._landed_s = 0.0
+        """When the last step was collected: the device begins the next one then at the earliest."""
         self._gated = False
         self._decoder: Decoder | None = None
         self._arrivals = 0
@@ -233,13 +241,14 @@ class Engine:
             except Exception:
                 log.exception("the last step of a model that is given up failed")
 
-    def vacate(self, pages: int, lane: KvLane) -> Vacating:
-        """Begin to give up the last `pages` KV pages of a paused engine, by way of `lane`.
+    def vacate(self, pages: int) -> Vacating:
+        """Begin to give up the last `pages` KV pages of a paused engine, by way of its lane.
 
         Whoever calls sees to it that `copy` runs, and `release` until it has ended.
         """
         assert self.paused, "a step may be computing with these pages"
-        return Vacating(self._scheduler, self._pool, lane, pages)
+        assert self.lane is not None, "there is no way to host memory"
+        return Vacating(self._scheduler, self._pool, self.lane, pages)
 
     def forget_parked(self) -> None:
         """Give up all KV in host memory."""
@@ -249,14 +258,17 @@ class Engine:
     def resume(self, weights: Weights, gate: Gate | None = None) -> None:
         """Go on with `weights`, each layer of which is used only once `gate` lets it.
 
-        Behind a gate nothing overlaps: what is computed there may have to be taken back.
+        Behind a gate nothing overlaps, and nothing is parked: what is computed there may have to be
+        taken back.
         """
         self._decoder = Decoder(self.spec, weights, self._stepper.kernels, gate or OpenGate())
         self._gated = gate is not None
+        self._giving_way.allowed = not self._gated
 
     def open_gate(self) -> None:
         """The weights are all there, and are what they should be."""
         self._gated = False
+        self._giving_way.allowed = True
 
     def statistics(self) -> EngineStatistics:
         """Figures for the worker's state and metrics."""
@@ -273,6 +285,7 @@ class Engine:
             prefix_lookup_tokens_total=self._scheduler.prefixes.lookup_tokens,
             prefix_hit_tokens_total=self._scheduler.prefixes.hit_tokens,
             preemptions_total=self._scheduler.preemptions,
+            preemptions_parked_total=self._giving_way.parked,
             steps_total=self._steps,
             parked=len(parked),
             parked_bytes=sum(one.size_bytes for one in parked),
@@ -289,10 +302,15 @@ class Engine:
 
     def _launch(self, decoder: Decoder) -> Flight | None:
         """Plan a step and begin it; None when there is nothing to compute."""
-        plan = self._scheduler.schedule()
-        if plan.exhausted or self._filling.wanted:
-            # They may end by the step before it; and KV is not brought to its blocks beside it.
-            self._land(gone=plan.exhausted)
+        try:
+            plan = self._scheduler.schedule()
+            if plan.exhausted or self._giving_way.wanted or self._filling.wanted:
+                # They may end by the step before it; and no KV comes or goes beside it.
+                self._land(gone=plan.exhausted)
+        except BaseException:
+            self._giving_way.drop()
+            raise
+        self._giving_way.copy()
         lost = self._filling.fill()
         for request in plan.exhausted:
             tokens = len(request.tokens)
@@ -303,6 +321,7 @@ class Engine:
         chunks = sorted((one for one in planned if self._answers.is_open(one.request)), key=_shape)
         if not chunks:
             return None
+        launched_s = self._clock()
         launched = self._stepper.launch(decoder, chunks, steady=not self._gated)
         draws = tuple((chunk.request, chunk.end) for chunk in chunks if chunk.draws)
         for chunk in chunks:
@@ -313,7 +332,7 @@ class Engine:
             if self._overlapping and place + 1 < request.tokens_max:
                 request.tokens.append(UNDRAWN)
         self._steps += 1
-        return Flight(tuple(chunks), draws, launched)
+        return Flight(tuple(chunks), draws, launched, launched_s)
 
     def _land(self, gone: Sequence[Request] = ()) -> None:
         """Collect the step that is under way: note what was computed, and make outputs of draws.
@@ -324,6 +343,7 @@ class Engine:
         if flight is None:
             return
         draws = self._stepper.collect(flight.launched)
+        self._note_pace(flight)
         for chunk in flight.chunks:
             request = chunk.request
             self._computed_tokens += chunk.count
@@ -332,6 +352,13 @@ class Engine:
                 self._prompt_tokens += request.prompt_tokens
         for (request, place), draw in zip(flight.draws, draws, strict=True):
             self._answers.accept(request, draw, place, gone)
+
+    def _note_pace(self, flight: Flight) -> None:
+        """Measure a step with prompts in it: what waits for weights is none that tells anything."""
+        begun_s, self._landed_s = max(flight.launched_s, self._landed_s), self._clock()
+        if not self._gated and any(chunk.count > 1 for chunk in flight.chunks):
+            tokens = sum(chunk.count for chunk in flight.chunks)
+            self._giving_way.computed.note(tokens, self._landed_s - begun_s)
 
     def _release_idle(self) -> None:
         # A step that is under way may write to pages of what has been cancelled.

@@ -6,6 +6,7 @@
     ├── BlockTooLarge            one token's KV of all layers does not fit a page
     ├── KvTooSmall               the KV space cannot hold one request of the promised length
     ├── RequestRefused           one request cannot be run; all others go on
+    ├── KvNotParked              KV that is wanted back never came to host memory
     ├── GraphChanged             a captured step would read or write something else by now
     └── PullError                a checkpoint cannot be fetched from its hub
         ├── HubNotFound          the hub has no such repository, revision or file
@@ -60,6 +61,10 @@ class DeviceUnsuitable(EngineError):
 
 class GraphChanged(EngineError):
     """Captured work is not what it was: an address moved, or it does something else. A bug."""
+
+
+class KvNotParked(EngineError):
+    """KV that is wanted back never came to host memory. It is computed again."""
 
 
 class KvTooSmall(EngineError):

@@ -22,3 +22,5 @@ class Flight:
     """The requests that draw, and which of its tokens each draw will be."""
     launched: Any
     """The stepper's own."""
+    launched_s: float
+    """When, on the engine's clock."""

@@ -1,44 +1,63 @@
-"""KV of paused requests on its way out of the device, in host memory, and back.
+"""KV of requests on its way out of the device, in host memory, and back.
 
 Owns where each block's bytes lie inside a page, the pieces that a request's KV has in the parking
-area, and the order in which a paused engine's last pages are vacated. It never decides that pages
-must be given up. Invariants: a block is free only after its copy is complete; a piece being written
-belongs to nobody else, even when its request has ended meanwhile.
+area, and how fast they were copied. It never decides whose KV is parked. Invariants: a piece being
+written belongs to nobody else, even when its request has ended meanwhile; what was never written
+whole is never brought back.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from engine.block_pool import BlockPool
+from engine.errors import KvNotParked
 from engine.kv_layout import KvLayout
-from engine.request import Request
-from engine.scheduler import Scheduler
+from engine.rates import Pace
 from swap.device import DeviceMemory
 from swap.parking import ParkingArea
-
-HAND_OVER_BYTES = 16 << 20
-"""Pages are handed on in batches of this size: each costs a turn of the step loop."""
-
-log = logging.getLogger(__name__)
 
 
 class KvLane:
     """The way between one engine's KV memory, which begins at `address`, and the parking area."""
 
     def __init__(
-        self, device: DeviceMemory, area: ParkingArea, layout: KvLayout, address: int
+        self,
+        device: DeviceMemory,
+        area: ParkingArea,
+        layout: KvLayout,
+        address: int,
+        *,
+        link_bytes_per_s: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.device = device
         self.area = area
         self.layout = layout
         self.unparking: Callable[[], None] = lambda: None
         """Called before KV is copied back; what it raises counts as a copy that failed."""
+        self.giving_way: Callable[[], None] = lambda: None
+        """As `unparking`, before KV of a request that gives way is copied out."""
         self._address = address
+        self._link_bytes_per_s = link_bytes_per_s
+        self._clock = clock
+        self._pace = Pace()
+
+    @property
+    def bytes_per_s(self) -> float:
+        """How fast KV is copied; by what the link is told to do until one was. 0: not known."""
+        return self._pace.per_s or self._link_bytes_per_s()
+
+    @contextmanager
+    def copying(self, blocks: int) -> Iterator[None]:
+        """Copies of so many blocks, issued within; none is under way when this ends."""
+        started = self._clock()
+        try:
+            yield
+        finally:
+            self.device.synchronize()
+        self._pace.note(blocks * self.layout.block_bytes, self._clock() - started)
 
     def copy_out(self, block: int, address: int) -> None:
         """Gather a block: its rows of all layers, keys and values, become contiguous."""
@@ -63,31 +82,46 @@ class KvLane:
 
 
 class ParkedKv:
-    """The KV of one request in host memory. See `engine.request.Parked`."""
+    """The KV of one request in host memory, once it was written there. See
+    `engine.request.Parked`."""
 
     def __init__(self, lane: KvLane, pieces: Sequence[int]) -> None:
         self.pieces = tuple(pieces)
         self._lane = lane
-        self._writing = True
+        self._writing = False
+        self._written = False
         self._released = False
 
     @property
     def size_bytes(self) -> int:
         return len(self.pieces) * self._lane.layout.block_bytes
 
+    def write(self, blocks: Sequence[int]) -> None:
+        """Copy it out of the first of `blocks`, now. When this has returned or raised, nothing is
+        being copied."""
+        self._lane.giving_way()
+        with self._lane.copying(len(self.pieces)):
+            for block, piece in zip(blocks, self.pieces, strict=False):
+                self._lane.copy_out(block, piece)
+        self._written = True
+
     def restore(self, blocks: Sequence[int]) -> None:
         """Copy it into the first of `blocks`, which may be any. When this has returned or raised,
-        nothing is being copied."""
-        try:
-            self._lane.unparking()
+        nothing is being copied. Raises KvNotParked if it was never written."""
+        if not self._written:
+            raise KvNotParked("this KV was to be parked, and never came to host memory")
+        self._lane.unparking()
+        with self._lane.copying(len(self.pieces)):
             for block, piece in zip(blocks, self.pieces, strict=False):
                 self._lane.copy_in(block, piece)
-        finally:
-            self._lane.device.synchronize()
 
-    def settle(self) -> None:
-        """Nothing is written to it any more."""
-        self._writing = False
+    def begin(self) -> None:
+        """Another thread writes to it, until `settle`."""
+        self._writing = True
+
+    def settle(self, *, written: bool) -> None:
+        """Nothing is written to it any more, and all of it was or not."""
+        self._writing, self._written = False, written
         self._free()
 
     def release(self) -> None:
@@ -99,100 +133,3 @@ class ParkedKv:
         if self._released and not self._writing:
             self._lane.area.give_back(self.pieces, self._lane.layout.block_bytes)
             self.pieces = ()
-
-
-class Vacating:
-    """The last pages of a paused engine on their way to others.
-
-    `copy` is for another thread, once; everything else is the step thread's. Requests that hold a
-    block in those pages go back to waiting: with their KV parked, as far as the budget allows by
-    rank, or to compute it again.
-    """
-
-    def __init__(self, scheduler: Scheduler, pool: BlockPool, lane: KvLane, pages: int) -> None:
-        self.dropped = 0
-        """Requests whose KV was given up for want of parking."""
-        self.parked_bytes = 0
-        self.seconds = 0.0
-        """How long copying took."""
-        self._pool = pool
-        self._lane = lane
-        self._parked: list[tuple[Request, ParkedKv]] = []
-        self._blocks: list[tuple[int, int]] = []  # (block, piece), the last block first
-        self._copied = 0
-        self._freed = 0
-        self._ended = threading.Event()
-        self._set_aside(scheduler, max(0, pool.pages - pages) * lane.layout.blocks_per_page)
-
-    def _set_aside(self, scheduler: Scheduler, first: int) -> None:
-        layout, short = self._lane.layout, False
-        for request in list(scheduler.running):  # best rank first
-            if max(request.held, default=-1) < first:
-                continue
-            count = layout.blocks_for(request.computed) - request.unseen
-            pieces = None if short or not count else self._lane.area.take(count, layout.block_bytes)
-            if pieces is None:
-                # Whoever ranks lower is not served in its place.
-                short = short or count > 0
-                self.dropped += count > 0
-                scheduler.preempt(request)
-                continue
-            request.parked = parked = ParkedKv(self._lane, pieces)
-            blocks = scheduler.set_aside(request)
-            self._pool.give_back(blocks[count:])
-            self._blocks += zip(blocks, pieces, strict=False)
-            self._parked.append((request, parked))
-            self.parked_bytes += parked.size_bytes
-        self._blocks.sort(reverse=True)
-        self._pool.trim()
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing is copied any more; `release` has then one last thing to do."""
-        return self._ended.is_set()
-
-    def copy(
-        self, progress: Callable[[], None], parking: Callable[[], None] = lambda: None
-    ) -> None:
-        """Copy every block out, from the last page on; `progress` is called after each batch.
-
-        `parking` is called first; what it raises counts as a copy that failed.
-        """
-        started = time.monotonic()
-        layout = self._lane.layout
-        batch = max(1, HAND_OVER_BYTES // layout.page_bytes) * layout.blocks_per_page
-        try:
-            if self._blocks:
-                parking()
-            for _, group in itertools.groupby(self._blocks, key=lambda move: move[0] // batch):
-                moves = list(group)
-                for block, piece in moves:
-                    self._lane.copy_out(block, piece)
-                self._lane.device.synchronize()
-                self._copied += len(moves)
-                progress()
-        except Exception:  # the requests lose their KV by it, and nothing else
-            log.exception("copying KV out failed; it will be computed again")
-        finally:
-            self.seconds = time.monotonic() - started
-            self._ended.set()
-            progress()
-
-    def release(self) -> None:
-        """Free the blocks that are copied, and give back the pages that fall empty by it."""
-        ended = self.ended
-        copied = len(self._blocks) if ended else self._copied
-        self._pool.give_back(block for block, _ in self._blocks[self._freed : copied])
-        self._freed = copied
-        self._pool.trim()
-        if ended:
-            self._settle()
-
-    def _settle(self) -> None:
-        lost = {piece for _, piece in self._blocks[self._copied :]}
-        for request, parked in self._parked:
-            if not lost.isdisjoint(parked.pieces) and request.parked is parked:
-                request.forget_kv()
-                self.dropped += 1
-            parked.settle()
-        self._parked = []

@@ -110,7 +110,8 @@ class Prefixes:
 
     def admitted(self, request: Request, found: Match) -> None:
         """A request runs now with what was found, and computes the rest."""
-        request.named = len(found.blocks)
+        # What is parked has its seen blocks alone to name.
+        request.named = max(len(found.blocks), request.unseen)
         if request.parked is None:
             request.computed = found.tokens
             request.source = found.source

@@ -3,10 +3,10 @@
 Owns the waiting and the running requests and their blocks. It never imports torch and never draws a
 token. One token budget covers decodes and prompt chunks alike; decodes come first, then prompts
 in order of rank (priority, then arrival). When blocks run out, the newest request of the lowest
-priority goes back to waiting with its tokens and computes them again later. A request whose KV is
-parked waits like any other, and has it brought back when it is given blocks. What the cache of
-prefixes has of a request's tokens is not computed again. Blocks that no layer sees any more are
-given back as a request goes on (see `engine.kv_window`).
+priority gives way: it goes back to waiting with its tokens, and computes them again later unless
+`park` keeps their KV. A request whose KV is parked waits like any other, and has it brought back
+when it is given blocks. What the cache of prefixes has of a request's tokens is not computed again.
+Blocks that no layer sees any more are given back as a request goes on (see `engine.kv_window`).
 
 Invariants: a request is waiting, or running with the blocks that its window wants, which are all
 of its own where there is none, or gone with none; a step never exceeds its budget; the waiting
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
@@ -26,7 +27,7 @@ from engine.kv_window import UNSEEN, KvWindow
 from engine.limits import EngineLimits
 from engine.prefix_keys import PrefixKeys
 from engine.prefixes import Prefixes
-from engine.request import Request
+from engine.request import Parked, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ class StepPlan:
 class Scheduler:
     """Decides each step of one engine; `keys` names blocks for its prefix cache, if it has one.
 
-    Not thread-safe.
+    `park(request)` is asked where the KV of a request that gives way is kept, while that still has
+    its blocks; None lets it be computed again. Not thread-safe.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Scheduler:
         pool: BlockPool,
         window: KvWindow,
         keys: PrefixKeys | None = None,
+        park: Callable[[Request], Parked | None] = lambda request: None,
     ) -> None:
         self._limits = limits
         self._pool = pool
@@ -78,6 +81,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         """Best rank first."""
         self.preemptions = 0
+        self._park = park
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
@@ -101,7 +105,8 @@ class Scheduler:
         return blocks
 
     def preempt(self, request: Request) -> None:
-        """Send a running request back to waiting, with its tokens and without their KV."""
+        """Send a running request back to waiting, with its tokens; their KV is lost unless it is
+        parked."""
         _take_out(self.running, request)
         self._free(request)
         self.preemptions += 1
@@ -167,7 +172,7 @@ class Scheduler:
                         self.remove(victim)
                         exhausted.append(victim)
                     else:
-                        self.preempt(victim)
+                        self._give_way(victim)
                     if victim is request:
                         break
                 else:
@@ -232,9 +237,15 @@ class Scheduler:
                 needed + rest - freed
             ):
                 for other in reversed(lower[len(lower) - victims :]):
-                    self.preempt(other)
+                    self._give_way(other)
                 return True
         return False
+
+    def _give_way(self, request: Request) -> None:
+        """Preempt a request for want of blocks, with its KV if that is kept."""
+        if not request.incomplete:
+            request.parked = self._park(request)
+        self.preempt(request)
 
     def _free(self, request: Request) -> None:
         self.prefixes.stopped(request)

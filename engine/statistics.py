@@ -32,6 +32,8 @@ class EngineStatistics:
     prefix_hit_tokens_total: int
     """Of those, what was found and not computed."""
     preemptions_total: int
+    preemptions_parked_total: int
+    """Of those, for how many KV was parked; the others compute it again."""
     steps_total: int
     parked: int
     """Waiting requests whose KV is in host memory."""

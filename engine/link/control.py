@@ -148,6 +148,9 @@ class EngineState(msgspec.Struct, frozen=True):
     computed_tokens_total: int = 0
     """Tokens that went through the model, those that were computed again counted again."""
     preemptions_total: int = 0
+    """Requests that gave way to others for want of KV memory."""
+    preemptions_parked_total: int = 0
+    """Of those, for how many KV was parked; the others compute it again."""
     cached_bytes: int = 0
     """Cached prefixes, in KV blocks that no request uses: most of it counts as free."""
     prefix_lookup_tokens_total: int = 0

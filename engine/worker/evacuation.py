@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from engine.parking import Vacating
+from engine.vacating import Vacating
 from engine.worker.copying import Waits
 from engine.worker.resident import Resident
 

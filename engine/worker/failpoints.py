@@ -30,6 +30,7 @@ class FailPoint(StrEnum):
     UNPACKING = "unpacking"  # a packed image's first piece has arrived
     UNPARKING = "unparking"  # KV of the incoming model is about to be copied back
     PARKING = "parking"  # KV is about to be copied out
+    GIVING_WAY = "giving-way"  # KV of a request that gives way to others is about to be copied out
     COPIED = "copied"
     CANARY = "canary"  # verified; the canary is about to be tried
     COMMITTING = "committing"  # verified, and not yet told to anybody

@@ -20,7 +20,7 @@ from engine.graphs import CudaGraphs
 from engine.worker.calls import Calls
 from engine.worker.control_side import ControlSide
 from engine.worker.desk import Desk
-from engine.worker.failpoints import FailPoints
+from engine.worker.failpoints import FailPoint, FailPoints
 from engine.worker.garbage import keep_what_is_there
 from engine.worker.listener import Listeners
 from engine.worker.loop import StepLoop
@@ -120,6 +120,7 @@ class _Worker:
             drop=lambda link: self._later(self.tokens.drop, link),
         )
         link = open_link(options)
+        failpoints = FailPoints(options.failpoints)
         self.residency = Residency(
             pool,
             desk,
@@ -129,6 +130,8 @@ class _Worker:
             graphs=CudaGraphs() if pool.device.kind == "cuda" else None,
             prefix_cache=options.prefix_cache,
             strict=options.strict,
+            # A step waits for it, which nothing interrupts: what hangs there fails at once.
+            giving_way=lambda: failpoints.reach(FailPoint.GIVING_WAY, lambda: None),
         )
         self.residency.area.open()
         self.residency.link_bytes_per_s = options.link_bytes_per_s or measure_link(
@@ -137,7 +140,7 @@ class _Worker:
         self.loop = StepLoop(
             self.residency,
             desk,
-            FailPoints(options.failpoints),
+            failpoints,
             changed=lambda: self._later(self.control.changed),
             crashed=lambda error: self._later(self._crash),
         )

@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from engine.graphs import Graphs
+from engine.kv_layout import KvLayout
 from engine.link.control import EngineSpec, EngineStatus, Exchange
 from engine.link.tokens import Finish, Submit
+from engine.parking import KvLane
 from engine.worker.desk import Desk
 from engine.worker.errors import (
     ImageInUse,
@@ -37,7 +39,10 @@ log = logging.getLogger(__name__)
 
 
 class Residency:
-    """Images and residents of one worker. On the step thread only."""
+    """Images and residents of one worker. On the step thread only.
+
+    `giving_way` is called before KV of a request that gives way is parked (see `KvLane`).
+    """
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class Residency:
         *,
         prefix_cache: bool = True,
         strict: bool = False,
+        giving_way: Callable[[], None] = lambda: None,
     ) -> None:
         self.pool = pool
         self.clock = clock
@@ -67,6 +73,7 @@ class Residency:
         self._graphs = graphs
         self._prefix_cache = prefix_cache
         self._strict = strict
+        self._giving_way = giving_way
 
     # Requests.
 
@@ -200,12 +207,13 @@ class Residency:
                 self._image(spec),
                 self.pool,
                 self._step_tokens,
-                self.area,
+                self._lane,
                 self.room.reclaim,
                 self.room.mapper,
                 self._graphs,
                 prefix_cache=self._prefix_cache,
                 strict=self._strict,
+                clock=self.clock,
             )
             self.residents[spec.model] = resident
         resident.spec = spec
@@ -278,6 +286,19 @@ class Residency:
                 f"another call works on {model}; wait for its end", model=model
             )
         return resident
+
+    def _lane(self, layout: KvLayout, address: int) -> KvLane:
+        """The way between KV memory of this worker and its parking area."""
+        lane = KvLane(
+            self.pool.device,
+            self.area,
+            layout,
+            address,
+            link_bytes_per_s=lambda: self.link_bytes_per_s,
+            clock=self.clock,
+        )
+        lane.giving_way = self._giving_way
+        return lane
 
     def _image(self, spec: EngineSpec) -> Image:
         image = self.images.get(spec.digest)

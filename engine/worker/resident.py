@@ -8,15 +8,18 @@ there or landing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from engine.canary import Continuation, runtime_of
 from engine.engine import Engine
 from engine.graphs import Graphs
+from engine.kv_layout import KvLayout
 from engine.link.control import CANARY_TOKENS, EngineSpec, EngineState, EngineStatus
 from engine.link.tokens import Output, Submit
 from engine.models.spec import ModelSpec
-from engine.parking import KvLane, Vacating
+from engine.parking import KvLane
+from engine.vacating import Vacating
 from engine.worker.images import Image
 from engine.worker.kv import FlooredKvSpace
 from engine.worker.mapper import Mapper
@@ -24,7 +27,6 @@ from engine.worker.measures import kv_pages_min, limits_of
 from engine.worker.status import advance
 from engine.worker.weights import ResidentWeights
 from swap.arena import PagePool, Region
-from swap.parking import ParkingArea
 from swap.shared_link import Turn
 from swap.transfer import Reached, Transfer
 
@@ -32,7 +34,8 @@ from swap.transfer import Reached, Transfer
 class Resident:
     """A model that has, or had, or is about to have its weights on the device.
 
-    `area` is where KV can be parked, `reclaim(pages)` what frees pages when its KV wants to grow.
+    `make_lane(layout, address)` makes the way to where KV can be parked, `reclaim(pages)` frees
+    pages when its KV wants to grow.
     Raises what the engine refuses the image or the limits with; holds nothing then.
     """
 
@@ -42,13 +45,14 @@ class Resident:
         image: Image,
         pool: PagePool,
         step_tokens: int,
-        area: ParkingArea,
+        make_lane: Callable[[KvLayout, int], KvLane],
         reclaim: Callable[[int], None] | None = None,
         mapper: Mapper | None = None,
         graphs: Graphs | None = None,
         *,
         prefix_cache: bool = True,
         strict: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
         self.image = image
@@ -78,13 +82,19 @@ class Resident:
         try:
             self._space = FlooredKvSpace(self._kv, reclaim, mapper)
             self.engine = Engine(
-                shape, None, self._space, limits, dtype=manifest.dtype, graphs=graphs
+                shape,
+                None,
+                self._space,
+                limits,
+                dtype=manifest.dtype,
+                graphs=graphs,
+                make_lane=lambda layout: make_lane(layout, self._kv.address),
+                clock=clock,
             )
         except BaseException:
             self.weights.release()
             self._kv.release()
             raise
-        self._lane = KvLane(pool.device, area, self.engine.layout, self._kv.address)
         self._backed = False
         """Whether it has every page it needs to serve."""
 
@@ -255,7 +265,7 @@ class Resident:
     def vacate(self, pages: int) -> Vacating:
         """Begin to give up KV pages of paused requests (see `Engine.vacate`): `pages` at least."""
         kept = self._space.mapped - pages
-        return self.engine.vacate(max(0, self._space.pages - kept), self._lane)
+        return self.engine.vacate(max(0, self._space.pages - kept))
 
     def evict(self, *, keep_kv: bool = True) -> int:
         """Pause the engine and give its pages back, but for those of paused requests where these
@@ -336,7 +346,8 @@ class Resident:
 
     def on_unparking(self, call: Callable[[], None]) -> None:
         """Have `call` called before KV is copied back (see `KvLane.unparking`)."""
-        self._lane.unparking = call
+        assert self.engine.lane is not None
+        self.engine.lane.unparking = call
 
     def canary(self, prompt: Sequence[int]) -> Iterator[int | None]:
         """The canary's tokens, one at a time; its weights must be there."""
@@ -389,6 +400,7 @@ class Resident:
             prefix_lookup_tokens_total=figures.prefix_lookup_tokens_total,
             prefix_hit_tokens_total=figures.prefix_hit_tokens_total,
             preemptions_total=figures.preemptions_total,
+            preemptions_parked_total=figures.preemptions_parked_total,
             reason=self.reason,
             spare=self.spare,
             staged_bytes=self.weights.staged_bytes if self.spare else 0,

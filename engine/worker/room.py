@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from engine.link.control import EngineSpec, EngineStatus, Exchange
-from engine.parking import Vacating
+from engine.vacating import Vacating
 from engine.worker.mapper import Mapper
 from engine.worker.measures import kv_pages_min
 from engine.worker.resident import Resident

@@ -15,6 +15,7 @@ import torch
 from engine.engine import Engine
 from engine.errors import KvTooSmall
 from engine.kernels.reference.paged_attention import paged_views
+from engine.kv_layout import KvLayout
 from engine.kv_space import KvSpace, PlainKvSpace, RegionKvSpace
 from engine.kv_window import KvWindow
 from engine.limits import EngineLimits
@@ -45,11 +46,27 @@ class Stage:
     """The most that were ever held."""
 
     @classmethod
-    def make(cls, made: Checkpoint, space: KvSpace, **limits: int) -> Stage:
+    def make(
+        cls,
+        made: Checkpoint,
+        space: KvSpace,
+        make_lane: Callable[[KvLayout], KvLane] | None = None,
+        **limits: int,
+    ) -> Stage:
         values = {"context_tokens": CONTEXT, "running_requests_max": 8, "step_tokens": STEP_TOKENS}
         space.memory().view(torch.float32)[: space.pages * space.page_bytes // 4] = float("nan")
-        return cls(
-            Engine(made.spec, made.weights, space, EngineLimits(**(values | limits))), space, {}
+        chosen = EngineLimits(**(values | limits))
+        return cls(Engine(made.spec, made.weights, space, chosen, make_lane=make_lane), space, {})
+
+    @classmethod
+    def parking(cls, made: Checkpoint, region: Region, area: ParkingArea, **limits: int) -> Stage:
+        """By way of a lane to `area`."""
+        device, address = region.pool.device, region.address
+        return cls.make(
+            made,
+            RegionKvSpace(region),
+            lambda layout: KvLane(device, area, layout, address),
+            **limits,
         )
 
     def submit(self, number: int, tokens: list[int], count: int = NEW_TOKENS) -> None:
@@ -168,9 +185,8 @@ def region() -> Iterator[Region]:
 
 def test_what_is_still_seen_is_parked_and_comes_back(checkpoint: Make, region: Region) -> None:
     made = checkpoint(WINDOWED)
-    stage = Stage.make(made, RegionKvSpace(region), prefix_cache=False)
-    engine, device = stage.engine, region.pool.device
-    lane = KvLane(device, area := ParkingArea(1 << 20), engine.layout, region.address)
+    stage = Stage.parking(made, region, area := ParkingArea(1 << 20), prefix_cache=False)
+    engine = stage.engine
     window = window_of(made, engine)
     prompts = {1: LONG, 2: LONG[:70], 3: LONG[:9]}
     for number, tokens in prompts.items():
@@ -181,7 +197,7 @@ def test_what_is_still_seen_is_parked_and_comes_back(checkpoint: Make, region: R
         engine.pause(keep_kv=True)
         held = sum(len(one.held) for one in engine._scheduler.running)
         computed = engine.statistics().computed_tokens_total
-        vacating = engine.vacate(engine._pool.pages, lane)
+        vacating = engine.vacate(engine._pool.pages)
         assert vacating.parked_bytes == area.used_bytes
         assert 0 < area.used_bytes <= held * engine.layout.block_bytes
         vacating.copy(lambda: None)
@@ -203,9 +219,10 @@ def test_parked_kv_that_is_given_up_is_computed_from_the_beginning(
     checkpoint: Make, region: Region
 ) -> None:
     made = checkpoint(WINDOWED)
-    stage = Stage.make(made, RegionKvSpace(region), prefix_cache=False)
+    stage = Stage.parking(made, region, area := ParkingArea(1 << 20), prefix_cache=False)
     engine = stage.engine
-    lane = KvLane(region.pool.device, area := ParkingArea(1 << 20), engine.layout, region.address)
+    lane = engine.lane
+    assert lane is not None
 
     def refuse() -> None:
         raise OSError("no way back")
@@ -215,7 +232,7 @@ def test_parked_kv_that_is_given_up_is_computed_from_the_beginning(
         for _ in range(18):
             stage.step()
         engine.pause(keep_kv=True)
-        vacating = engine.vacate(engine._pool.pages, lane)
+        vacating = engine.vacate(engine._pool.pages)
         vacating.copy(lambda: None)
         vacating.release()
         if forget:

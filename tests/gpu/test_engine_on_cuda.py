@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from engine.kv_space import RegionKvSpace
 from engine.limits import EngineLimits
 from engine.link.control import EngineSpec, EngineStatus
 from engine.link.tokens import Submit
+from engine.parking import KvLane
 from engine.worker.images import Image
 from engine.worker.resident import Resident
 from engine.worker.verify import verify_weights
@@ -106,7 +108,8 @@ def test_tokens_are_the_same_after_any_number_of_swaps(pool: PagePool, tmp_path:
         image = Image.attach(pool.device, descriptor, built.digest)
         spec = EngineSpec(f"{shape}@1", built.digest, 256, 8, 64)
         # A page to its own, of which each time another part of the pool is mapped.
-        residents.append(Resident(spec, image, pool, 64, ParkingArea(0), lambda pages: None))
+        lane = partial(KvLane, pool.device, ParkingArea(0))
+        residents.append(Resident(spec, image, pool, 64, lane, lambda pages: None))
         images.append(image)
         segments.append(built.segment)
         assert residents[index].pages == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from bench.shapes import write_random
 from engine.device_tensors import bytes_at
 from engine.link.control import EngineSpec, EngineStatus
+from engine.parking import KvLane
 from engine.unpackers import open_unpacker, prepare_unpacking
 from engine.worker.images import Image
 from engine.worker.resident import Resident
@@ -51,7 +53,8 @@ def test_packed_and_plain_models_take_turns_with_the_same_tokens(
         built = build_segment(tmp_path, "bfloat16", piece_weights)
         image = Image.attach(pool.device, os.dup(built.segment.descriptor), built.digest)
         spec = EngineSpec(f"{name}@1", built.digest, 256, 8, 64)
-        residents.append(Resident(spec, image, pool, 64, ParkingArea(0), lambda pages: None))
+        lane = partial(KvLane, pool.device, ParkingArea(0))
+        residents.append(Resident(spec, image, pool, 64, lane, lambda pages: None))
         images.append(image)
         built.segment.close()
     assert images[1].manifest.stored_bytes < 0.8 * images[0].manifest.stored_bytes

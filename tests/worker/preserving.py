@@ -7,11 +7,11 @@ beside it.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,18 +106,30 @@ class Sent:
 
 
 class Points(FailPoints):
-    """At most one fail point of one order, switched on; where it hangs the deadline has passed."""
+    """At most one fail point of one order, switched on; where it hangs the deadline has passed.
 
-    def __init__(self, point: FailPoint | None, action: Action, order: Order) -> None:
+    `during` is called once copying has begun.
+    """
+
+    def __init__(
+        self,
+        point: FailPoint | None,
+        action: Action,
+        order: Order,
+        during: Callable[[], None] = lambda: None,
+    ) -> None:
         triggers = {point: Trigger(action)} if point is not None else {}
         if point is FailPoint.ROLLING_BACK:
             triggers[FailPoint.COPIED] = Trigger(Action.RAISE)
         super().__init__(triggers)
         self.reached: list[FailPoint] = []
         self._order = order
+        self._during = during
 
     def reach(self, point: FailPoint, hang: Callable[[], object]) -> None:
         self.reached.append(point)
+        if point is FailPoint.COPYING:
+            self._during()
 
         def overrun() -> None:
             self._order.interrupt(StageTimedOut(f"{point} took too long"))
@@ -144,7 +156,19 @@ class Bench:
         self.device = device or HostDevice(pages * PAGE, link_bytes_per_s=link_bytes_per_s)
         self.desk = Desk(self._collect, lambda link: None)
         self.pool = PagePool(self.device)
-        self.residency = Residency(self.pool, self.desk, 64, parking_bytes, strict=strict)
+        self.giving_way: Callable[[], None] = lambda: None
+        """What happens before KV of a request that gives way is parked."""
+        ticks = itertools.count()
+        self.residency = Residency(
+            self.pool,
+            self.desk,
+            64,
+            parking_bytes,
+            # What is worth parking does not depend on this machine.
+            clock=lambda: next(ticks) / 1000,
+            strict=strict,
+            giving_way=lambda: self.giving_way(),
+        )
         for model in models:
             self.attach(model)
         self.desk.opened(1)
@@ -165,6 +189,12 @@ class Bench:
     @property
     def area_bytes(self) -> int:
         return self.residency.area.used_bytes
+
+    @property
+    def gave_way(self) -> int:
+        """How many times KV was parked because its request gave way, while its engine lives."""
+        residents = self.residency.residents.values()
+        return sum(one.state().preemptions_parked_total for one in residents)
 
     def resident(self, model: Model) -> Resident:
         return self.residency.residents[model.key]
@@ -282,25 +312,11 @@ class Bench:
                 discard=discard,
             )
         request = msgspec.structs.replace(request, canary=canary)
-        done: Future[None] = Future()
-
-        def changed(progress: object) -> None:
-            if getattr(progress, "stage", "") == "COPYING" and not done.done():
-                done.set_result(None)
-
-        order = Order(request, changed)
-        self._order, self.points = order, Points(fail_at, action, order)
+        order = Order(request, lambda progress: None)
+        self._order, self.points = order, Points(fail_at, action, order, during)
         points = self.points
         exchange = Exchange(order, self.residency, self.desk, points, self._woken.set, order._clock)
-        called: list[bool] = []
-
-        def look() -> None:
-            if done.done() and not called:
-                called.append(True)
-                during()
-            self.step(self._draw.randint(0, turns))
-
-        return self._drive(exchange.run(), look)
+        return self._drive(exchange.run(), lambda: self.step(self._draw.randint(0, turns)))
 
     def stage(
         self,

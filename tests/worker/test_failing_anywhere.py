@@ -19,7 +19,7 @@ import pytest
 from engine.link import control
 from engine.link.control import Canary, InFlight, StageWeights
 from engine.link.errors import LinkError
-from engine.worker.failpoints import Action, FailPoint
+from engine.worker.failpoints import Action, FailPoint, FailPoints, Trigger
 from engine.worker.process import EXIT_CRASHED
 from tests.support.worker_stage import GatewaySide, HotbaydSide, greedy, load, worker_process
 from tests.worker.conftest import Model
@@ -33,7 +33,9 @@ COUNT = 40
 
 KV_ONLY = {FailPoint.PARKING, FailPoint.UNPARKING}
 """What is raised there costs KV, which is computed again, and not the exchange."""
-ELSEWHERE = {FailPoint.STAGING}
+STEPPING = {FailPoint.GIVING_WAY}
+"""What steps reach, whether there is an exchange or not; it costs KV too."""
+ELSEWHERE = {FailPoint.STAGING, *STEPPING}
 IN_EXCHANGE = [point for point in FailPoint if point not in ELSEWHERE]
 PASSED = {
     FailPoint.PARKING: 0,
@@ -45,7 +47,7 @@ PASSED = {
 """How often a point is passed before the exchange that is to fail; 2 where it says nothing."""
 
 
-NEVER_BEFORE = {FailPoint.STAGING, FailPoint.UNPACKING}
+NEVER_BEFORE = {FailPoint.STAGING, FailPoint.UNPACKING, *STEPPING}
 """What the load of a plain model does not pass."""
 
 
@@ -131,6 +133,30 @@ def test_a_staging_that_fails_or_hangs_leaves_all_as_it_was(
     one.finish()
 
 
+@pytest.mark.parametrize("action", [Action.RAISE, Action.HANG])
+def test_parking_what_gives_way_fails_and_costs_computing_alone(
+    bench: Callable[..., Bench], verse: Model, action: Action
+) -> None:
+    one = bench(PAGES)
+    points = FailPoints({FailPoint.GIVING_WAY: Trigger(action)})
+    passed: list[int] = []
+
+    def reach() -> None:
+        passed.append(one.area_bytes)
+        points.reach(FailPoint.GIVING_WAY, lambda: None)
+
+    one.giving_way = reach
+    one.residency.linked(1e12)
+    one.swap(None, verse)
+    for prompt in PROMPTS:
+        one.submit(verse, prompt, 3 * COUNT)
+    one.run(lambda: not any(sent.open for sent in one.sent.values()))
+    state = one.resident(verse).state()
+    assert len(passed) > 1
+    assert state.preemptions_parked_total == len(passed) - 1
+    one.finish()
+
+
 def test_there_is_no_point_that_nothing_reaches(
     bench: Callable[..., Bench], verse: Model, tale: Model
 ) -> None:
@@ -144,7 +170,7 @@ def test_there_is_no_point_that_nothing_reaches(
     one.finish()
     one = bench(24)
     one.stage(verse)
-    assert set(one.points.reached) == ELSEWHERE
+    assert set(one.points.reached) == ELSEWHERE - STEPPING
     assert set(IN_EXCHANGE) | ELSEWHERE == set(FailPoint)
 
 
@@ -245,6 +271,11 @@ async def until_killed(
         await hotbayd.call(back("back", verse, tale))
     spec = load(verse.key, verse.image).incoming
     assert spec is not None
+    if point in STEPPING:
+        assert (await hotbayd.exchange(back("swap", verse, prose))).error == ""
+        streams = [gateway.submit(verse.key, prompt, greedy(150)) for prompt in PROMPTS]
+        for stream in streams:
+            await gateway.ended(stream)
     if point is FailPoint.STAGING:
         await hotbayd.call(StageWeights("stage", spec))
     await hotbayd.call(back("swap", verse, prose))
@@ -260,7 +291,8 @@ def test_a_worker_killed_anywhere_is_followed_by_one_that_serves(
             points = f"{point}+{passed}=kill"
             if point is FailPoint.ROLLING_BACK:
                 points += f",{FailPoint.COPIED}+1=raise"
-            arguments = ("--failpoints", points, "--strict")
+            # What is parked does not depend on how fast this machine copies.
+            arguments = ("--failpoints", points, "--strict", "--link-bytes-per-s", "1e12")
             memory = PAGES * PAGE
             async with worker_process(runtime_dir, *arguments, memory_bytes=memory) as worker:
                 # Each finds the sockets of one that was killed, and the same descriptors.

@@ -19,6 +19,7 @@ MOVING_FIGURES = (
     "prompt_tokens_total",
     "generation_tokens_total",
     "preemptions_total",
+    "preemptions_parked_total",
 )
 
 

@@ -218,6 +218,7 @@ class Reports(Collector):
                 ("prefix_lookup_tokens", "Prompt tokens looked for in the prefix cache."),
                 ("prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
                 ("preemptions", "Requests put back to make room for others."),
+                ("preemptions_parked", "Of those, whose KV was parked and not computed again."),
             )
         }
         for partition, client in self._world.processes.workers.items():

@@ -107,6 +107,7 @@ def _residence(world: World, engine: EngineState) -> partition_pb2.Residence:
         prompt_tokens_total=engine.prompt_tokens_total,
         generation_tokens_total=engine.generation_tokens_total,
         preemptions_total=engine.preemptions_total,
+        preemptions_parked_total=engine.preemptions_parked_total,
         reason=engine.reason,
     )
 

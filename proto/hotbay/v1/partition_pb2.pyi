@@ -145,6 +145,7 @@ class Residence(message.Message):
     GENERATION_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
     PREEMPTIONS_TOTAL_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    PREEMPTIONS_PARKED_TOTAL_FIELD_NUMBER: builtins.int
     model: builtins.str
     state: common_pb2.ModelState.ValueType
     weights_bytes: builtins.int
@@ -156,6 +157,8 @@ class Residence(message.Message):
     generation_tokens_total: builtins.int
     preemptions_total: builtins.int
     reason: builtins.str
+    preemptions_parked_total: builtins.int
+    """Of the preemptions, those whose KV was parked in host memory; the others compute it again."""
     def __init__(
         self,
         *,
@@ -170,10 +173,11 @@ class Residence(message.Message):
         generation_tokens_total: builtins.int = ...,
         preemptions_total: builtins.int = ...,
         reason: builtins.str = ...,
+        preemptions_parked_total: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["generation_tokens_total", b"generation_tokens_total", "kv_bytes", b"kv_bytes", "kv_used_bytes", b"kv_used_bytes", "model", b"model", "preemptions_total", b"preemptions_total", "prompt_tokens_total", b"prompt_tokens_total", "reason", b"reason", "running", b"running", "state", b"state", "waiting", b"waiting", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["generation_tokens_total", b"generation_tokens_total", "kv_bytes", b"kv_bytes", "kv_used_bytes", b"kv_used_bytes", "model", b"model", "preemptions_parked_total", b"preemptions_parked_total", "preemptions_total", b"preemptions_total", "prompt_tokens_total", b"prompt_tokens_total", "reason", b"reason", "running", b"running", "state", b"state", "waiting", b"waiting", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

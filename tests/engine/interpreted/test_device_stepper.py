@@ -24,6 +24,7 @@ from engine.link.tokens import Finish, Output, Sampling
 from engine.models.layout import image_recipes
 from engine.models.spec import ModelSpec, Rope
 from engine.recorded_graphs import RecordedGraphs
+from tests.engine.parking_stage import ParkingStage
 
 PAGE_BYTES = 1 << 10
 """Four tokens: requests go through many blocks."""
@@ -304,6 +305,23 @@ def test_with_too_few_blocks(greedy_answers: list[list[int]]) -> None:
     wanted = answers(make_engine(device=False, pages=7, context_tokens=28), 5, sampling)
     assert answers(engine, 5, sampling) == wanted
     assert [one[:6] for one in wanted] == greedy_answers
+
+
+def test_what_gives_way_beside_a_step_is_parked(greedy_answers: list[list[int]]) -> None:
+    """The step under way is collected first: its last tokens are parked with the others."""
+    stage = ParkingStage(7, PAGE_BYTES)
+    limits = EngineLimits(28, running_requests_max=8, prefix_cache=False)
+    engine = stage.engine(
+        SPEC, WEIGHTS, limits, make_stepper=DeviceStepper, graphs=RecordedGraphs()
+    )
+    sampling = Sampling(max_tokens=12, temperature=0.0)
+    found = answers(engine, 5, sampling)
+    assert [one[:6] for one in found] == greedy_answers
+    figures = engine.statistics()
+    assert figures.preemptions_parked_total == figures.preemptions_total > 0
+    assert figures.computed_tokens_total == sum(map(len, PROMPTS)) + 5 * 11
+    engine.pause()
+    stage.close()
 
 
 def test_behind_a_gate_nothing_overlaps(greedy_answers: list[list[int]]) -> None:
