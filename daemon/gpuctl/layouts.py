@@ -61,7 +61,7 @@ def list_partitions(session: Session) -> None:
     ]
     serving = {each.id for each in partitions}
     rows += [
-        _instance_row(gpu, each)
+        _instance_row(gpu, each, shared=any(name.startswith(f"{each.id}/") for name in serving))
         for gpu in gpus.gpus
         for each in gpu.instances
         if each.id not in serving
@@ -72,9 +72,10 @@ def list_partitions(session: Session) -> None:
             print_line(f"warning: gpu{gpu.index}: the daemon may not see its instances")
 
 
-def _instance_row(gpu: node_pb2.Gpu, each: node_pb2.GpuInstance) -> list[str]:
+def _instance_row(gpu: node_pb2.Gpu, each: node_pb2.GpuInstance, *, shared: bool) -> list[str]:
     memory, multiprocessors = size(each.memory_bytes), str(each.multiprocessors)
-    return [each.id, "mig", str(gpu.index), memory, multiprocessors, "not serving"]
+    state = "shared" if shared else "not serving"
+    return [each.id, "mig", str(gpu.index), memory, multiprocessors, state]
 
 
 def profiles(session: Session) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from partitioner.errors import MpsCommandError, MpsTimeoutError, MpsUnavailableError
 
@@ -20,6 +21,7 @@ ANSWER_BYTES_MAX = 1 << 20
 CANNOT_EXECUTE = (126, 127)
 """Exit codes of `env` when it finds no such program, or may not run it."""
 
+NO_DAEMON = "cannot find mps control daemon"
 LONGEST_SOCKET = "control_privileged"
 SOCKET_PATH_BYTES_MAX = 107
 """What the kernel's address of a Unix socket holds."""
@@ -53,14 +55,8 @@ class Commands:
     async def ask(self, *arguments: str, text: str = "") -> str:
         """What the program answers. Raises `MpsCommandError` when it says that it failed."""
         async with self._turn:
-            process = await asyncio.create_subprocess_exec(
-                *self._prefix,
-                *self.program,
-                *arguments,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-            )
+            pipe = asyncio.subprocess.PIPE
+            process = await self._run(arguments, pipe, pipe)
             answer, _ = await self._ended(process, " ".join((*arguments, text)), text)
         return self._checked(process.returncode, " ".join((*arguments, text)), answer.decode())
 
@@ -77,18 +73,24 @@ class Commands:
         output = self.log_directory / "start.log"
         async with self._turn:
             with output.open("wb") as log:
-                process = await asyncio.create_subprocess_exec(
-                    *self._prefix,
-                    *self.program,
-                    *arguments,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
+                process = await self._run(arguments, asyncio.subprocess.DEVNULL, log)
             await self._ended(process, " ".join(arguments), "")
         said = output.read_bytes()[:ANSWER_BYTES_MAX].decode(errors="replace")
         self._checked(process.returncode, " ".join(arguments), said)
+
+    async def _run(
+        self, arguments: tuple[str, ...], stdin: int, output: int | IO[bytes]
+    ) -> asyncio.subprocess.Process:
+        try:
+            return await asyncio.create_subprocess_exec(
+                *(*self._prefix, *self.program, *arguments),
+                stdin=stdin,
+                stdout=output,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise MpsCommandError(f"cannot run {self.program[0]}: {error}") from error
 
     async def _ended(
         self, process: asyncio.subprocess.Process, what: str, text: str
@@ -114,7 +116,8 @@ class Commands:
                 f"cannot run {self.program[0]}: it comes with NVIDIA's driver (package "
                 "nvidia-compute-utils); install it, or take `shares` out of the layout"
             )
-        if code:
+        # Some releases say so and exit with 0.
+        if code or NO_DAEMON in answer.lower():
             raise MpsCommandError(
                 f"MPS control of {self.pipe_directory} failed at `{what.strip()}` (exit code "
                 f"{code}): {answer.strip() or 'it said nothing'}; look at {self.log_directory}"

@@ -62,9 +62,14 @@ class MpsPlaces:
         found = {}
         for each in self._notes():
             if each.gpu == gpu:
-                whole = each.ready and await self._control(each).answers()
-                found[each.place] = each.shares if whole else ()
+                found[each.place] = each.shares if await self._whole(each) else ()
         return found
+
+    async def _whole(self, shared: SharedPlace) -> bool:
+        try:
+            return shared.ready and await self._control(shared).answers()
+        except MpsError:  # There is not even a program any more.
+            return False
 
     async def refuse_missing(self) -> None:
         """Raise `MpsUnavailableError` where there is no control program."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,29 @@ link_bytes_per_s = {throttle}
     assert (options.device, options.gpu, options.workspace_bytes) == ("host", "", 0)
     assert (options.memory_bytes, options.page_bytes) == (64 << 20, 4 << 20)
     assert options.link_bytes_per_s == rate
+
+
+def test_a_share_is_a_client_with_its_part_of_memory_and_threads() -> None:
+    path = Path("/nowhere/hotbayd.toml")
+    part = replace(
+        GPU, id="gpu0/mps0", kind=PartitionKind.MPS, memory_bytes=20 << 30,
+        place_bytes=80 << 30, thread_percent=50,
+    )  # fmt: skip
+
+    def arguments(simulate: str) -> list[str]:
+        overrides = {"runtime_dir": "/run/x", "state_dir": "/var/x", "simulate": simulate}
+        config = load(None, overrides, {})
+        config = config.model_copy(
+            update={"worker": config.worker.model_copy(update={"threads": 8})}
+        )
+        made = commands(
+            config, {part.id: part}, lambda: ("", ""), path, lambda name: ("env", f"SHARE={name}")
+        )
+        return made.worker(part.id, 1)
+
+    words = arguments("h200x1")
+    assert words[:2] == ["env", "SHARE=gpu0/mps0"]
+    options = parse_options(words[5:])
+    assert (options.memory_bytes, options.threads) == ((1 << 30) // 4, 4)
+    options = parse_options(arguments("")[5:])
+    assert (options.memory_bytes, options.gpu) == (20 << 30, "GPU-12ab")

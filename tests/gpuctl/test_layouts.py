@@ -96,6 +96,11 @@ def test_ls_shows_partitions_and_instances_that_do_not_serve(
         "warning: gpu0: the daemon may not see its instances",
     ]
     assert set(json.loads(gpuctl("part", "ls", "-o", "json").out)) == {"partitions", "gpus"}
+    node.gpus.gpus[0].instances[0].id = "gpu"
+    assert "not serving" in gpuctl("part", "ls").out, "gpu0 is not a share of gpu"
+    node.gpus.gpus[0].instances[0].id = "gpu0/3g.71gb@4"
+    node.partitions[0].id = "gpu0/3g.71gb@4/mps0"
+    assert gpuctl("part", "ls").out.splitlines()[2].split()[-1] == "shared"
 
 
 def test_profiles_and_export(node: ScriptedNode, gpuctl: Run) -> None:
