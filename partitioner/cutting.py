@@ -141,13 +141,16 @@ class LayoutChange:
     step: Step | None = None
     ending: tuple[str, ...] = ()
     """Processes of others that are ended for it, in words."""
+    owners: tuple[tuple[str, str], ...] = ()
+    """Whom its partitions are for then, as far as that was said."""
 
 
 def change_of(plan: Plan, states: Iterable[GpuState], operation: str, boot_id: str) -> LayoutChange:
     """The change that a plan describes, from the states that it was made of."""
     found = {state.uuid: state for state in states}
     gpus = tuple(_gpu_change(each, found[each.uuid]) for each in plan.gpus)
-    return LayoutChange(plan.id, operation, boot_id, gpus)
+    owners = tuple(sorted(pair for each in plan.gpus for pair in each.owners.items()))
+    return LayoutChange(plan.id, operation, boot_id, gpus, owners=owners)
 
 
 def _gpu_change(plan: GpuPlan, state: GpuState) -> GpuChange:

@@ -143,6 +143,8 @@ class GpuPlan:
     downtime_ms: float
     shares: Mapping[Instance | None, tuple[Share, ...]] = field(default_factory=dict)
     """What the whole GPU (None) or its instances are to be divided into."""
+    owners: Mapping[str, str] = field(default_factory=dict)
+    """Whom the wanted partitions are for, as far as the file says."""
 
     @property
     def changes(self) -> bool:

@@ -24,11 +24,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, Field, model_validator
 
+from partitioner.geometry import Instance
 from partitioner.layout import Found, GpuState, Share
 from partitioner.strict_yaml import KeyPath, StrictModel, parse_located
 
@@ -181,19 +183,31 @@ def parse_layout(text: str, source: str) -> tuple[LayoutFile, Mapping[KeyPath, i
     return parse_located(LayoutFile, text, source)
 
 
-def export_layout(states: Iterable[GpuState], found: Found = Found.ADOPT) -> str:
-    """The present layout as a file of which a plan says that nothing is to be done."""
-    gpus = [_gpu_entry(state) for state in sorted(states, key=lambda each: each.index)]
+def export_layout(
+    states: Iterable[GpuState],
+    found: Found = Found.ADOPT,
+    owners: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The present layout as a file of which a plan says that nothing is to be done.
+
+    `owners` says whom partitions are for, by their names.
+    """
+    gpus = [_gpu_entry(state, owners) for state in sorted(states, key=lambda each: each.index)]
     document = {"version": 1, "found": found.value, "gpus": gpus}
     return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100)
 
 
-def _gpu_entry(state: GpuState) -> dict[str, Any]:
+def _gpu_entry(state: GpuState, owners: Mapping[str, str]) -> dict[str, Any]:
+    def place(instance: Instance | None) -> dict[str, Any]:
+        owner = owners.get(state.partition_id(instance), "")
+        shares = _share_entries(state.shares.get(instance, ()))
+        return ({"owner": owner} if owner else {}) | shares
+
     entry: dict[str, Any] = {"uuid": state.uuid}
     if not state.mig_enabled:
-        return entry | _share_entries(state.shares.get(None, ()))
+        return entry | place(None)
     entry["partitions"] = [
-        {"profile": each.profile, "start": each.start} | _share_entries(state.shares.get(each, ()))
+        {"profile": each.profile, "start": each.start} | place(each)
         for each in sorted(state.instances)
     ]
     return entry

@@ -123,8 +123,23 @@ def _plan_gpu(state: GpuState, wish: GpuWanted, costs: Costs) -> GpuPlan:
         fragmentation_before=fragmentation(state.geometry, (*own, *foreign)),
         fragmentation_after=fragmentation(state.geometry, (*chosen, *foreign)),
         downtime_ms=downtime_ms,
+        owners=_owners(state, wish, chosen),
         shares=_wanted_shares(wish, chosen),
     )
+
+
+def _owners(state: GpuState, wish: GpuWanted, chosen: tuple[Instance, ...]) -> dict[str, str]:
+    """A share without an owner of its own has that of the place it is in."""
+    places: list[tuple[Instance | None, str, tuple[Share, ...]]] = [(None, wish.owner, wish.shares)]
+    if wish.instances is not None:
+        pairs = zip(chosen, wish.instances, strict=True)
+        places = [(place, each.owner, each.shares) for place, each in pairs]
+    found: dict[str, str] = {}
+    for place, owner, shares in places:
+        names = share_ids(state.partition_id(place), shares)
+        own = [each.owner for each in shares] or [""]
+        found |= {name: one or owner for name, one in zip(names, own, strict=True)}
+    return {name: owner for name, owner in found.items() if owner}
 
 
 def _mig_change(state: GpuState, wish: GpuWanted) -> MigChange:

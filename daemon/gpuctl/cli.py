@@ -51,6 +51,7 @@ def build() -> typer.Typer:
     """The whole tree."""
     app = _group("Steer the models and GPU partitions of a Hotbay node.", root=True)
     _declare_views(app)
+    _declare_doctor(app)
     models = _group("Register and look at models.")
     cli_models.declare(models)
     app.add_typer(models, name="model")
@@ -120,13 +121,6 @@ def _declare_views(app: typer.Typer) -> None:
 
         commands.events(session, follow=follow, kinds=kind or (), resume_token=resume)
 
-    @command(app, "doctor")
-    def doctor(session: Session) -> int:
-        """What the host lacks, and what mends it; exits 1 if something is missing."""
-        from daemon.gpuctl import doctor as commands
-
-        return commands.doctor(session)
-
     @command(app, "version")
     def version(
         session: Session,
@@ -177,6 +171,15 @@ def _declare_run(app: typer.Typer) -> None:
         text = chat.read_prompt(prompt)
         ask = chat.Ask(model, text, raw, system, max_tokens, temperature, seed)
         chat.run_prompt(session, ask)
+
+
+def _declare_doctor(app: typer.Typer) -> None:
+    @command(app, "doctor")
+    def doctor(session: Session) -> int:
+        """What the host lacks, and what mends it; exits 1 if something is missing."""
+        from daemon.gpuctl import doctor as commands
+
+        return commands.doctor(session)
 
 
 def _declare_operations(app: typer.Typer) -> None:

@@ -11,11 +11,12 @@ import grpc
 import pynvml
 import pytest
 from hotbay.status import operation_metadata
+from hotbay.v1 import partition_pb2
 
 from daemon.control.config import AfterReboot, load
 from partitioner.geometry import Instance
 from partitioner.simulated.node import Fault
-from tests.control.test_layout_changes import NAMES, THREE, TWO, apply, begin, board, plan
+from tests.control.test_layout_changes import NAMES, SERVICE, THREE, TWO, apply, begin, board, plan
 from tests.support.control_api import QUIET, Api
 from tests.support.control_peers import Worker
 from tests.support.control_stage import Theatre, staged, until
@@ -119,6 +120,37 @@ def test_what_was_applied_last_counts_and_mig_mode_may_have_stayed(
         await host.through()
         assert board(api.stage) == ["whole"], "nothing was ours any more"
         assert len(host.reapplied()) == 1
+
+    play(tmp_path, monkeypatch, scenario)
+
+
+def test_whom_partitions_are_for_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(api: Api, host: Host) -> None:
+        stage = api.stage
+        await apply(api, TWO.replace("start: 4", "start: 4, owner: team-a"))
+        owners = {"gpu0/3g.71gb@4": "team-a"}
+        assert stage.node.world.owners == owners
+        exported = await api.call(
+            f"{SERVICE}/GetLayout", partition_pb2.GetLayoutRequest(), partition_pb2.Layout
+        )
+        assert "owner: team-a" in exported.text
+        assert not (await plan(api, exported.text)).changes
+        await stage.kill()
+        await stage.start()
+        await host.through()
+        assert stage.node.world.owners == owners
+        await host.reboot()
+        await host.through()
+        assert (board(stage), stage.node.world.owners) == (["2g.35gb@0", "3g.71gb@4"], owners)
+        await apply(api, "version: 1\ngpus: [{index: 0, owner: team-b}]\n")
+        await stage.kill()
+        await stage.start()
+        await host.through()
+        assert stage.node.world.owners == {"gpu0": "team-b"}
+        await apply(api, "version: 1\ngpus: [{index: 0}]\n")
+        assert stage.node.world.owners == {}
 
     play(tmp_path, monkeypatch, scenario)
 

@@ -62,7 +62,11 @@ def parsed(text: str) -> tuple[Samples, set[str]]:
 def exposition(readings: tuple[GpuReadings, ...], workers: dict[str, int] | None = None) -> str:
     clients = {name: SimpleNamespace(pid=pid) for name, pid in (workers or {}).items()}
     processes = SimpleNamespace(workers=clients)
-    world: Any = SimpleNamespace(processes=processes, partitions={"gpu1": 1, "gpu0/3g.71gb@4": 1})
+    world: Any = SimpleNamespace(
+        processes=processes,
+        partitions={"gpu1": 1, "gpu0/3g.71gb@4": 1},
+        owners={"gpu0/3g.71gb@4": "team-a"},
+    )
     monitor: Any = SimpleNamespace(latest=lambda: readings)
     registry = CollectorRegistry()
     registry.register(GpuMetrics(world, monitor))
@@ -94,7 +98,7 @@ def test_a_gpu_and_its_instance_are_rows_with_dcgms_labels(node: SimulatedNode) 
     row = next(line for line in text.splitlines() if 'pid="78"' in line)
     assert 'partition="gpu1"' in row
     row = next(line for line in text.splitlines() if 'GPU_I_PROFILE="3g.71gb"' in line)
-    assert 'partition="gpu0/3g.71gb@4"' in row
+    assert 'partition="gpu0/3g.71gb@4",tenant="team-a"' in row
 
 
 def test_one_figure_or_gpu_that_fails_does_not_take_the_others_along(node: SimulatedNode) -> None:

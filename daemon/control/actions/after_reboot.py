@@ -47,7 +47,10 @@ class Reapplying:
 
     async def run(self, kept: KeptLayout | None, policy: AfterReboot) -> None:
         """Once the node is ready. Never raises but for a bug."""
-        if kept is None or kept.boot_id == boot_id():
+        if kept is None:
+            return
+        self._world.owners = dict(kept.owners)
+        if not kept.text or kept.boot_id == boot_id():
             return
         try:
             problem = await self._apply(kept, policy)
@@ -63,7 +66,7 @@ class Reapplying:
         """Why it is not there again; empty when it is."""
         plan = await self._layouts.plan(kept.text, SOURCE)
         if not plan.changes:
-            await self._journal.commit([Put(KeptLayout(kept.text, boot_id()))])
+            await self._journal.commit([Put(KeptLayout(kept.text, boot_id(), kept.owners))])
             return ""
         by_hand = f"gpuctl part apply {plan.plan_id}"
         if policy == "wait":

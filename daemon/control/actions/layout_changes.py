@@ -19,7 +19,7 @@ from daemon.control.actions.bring_back import BringBack
 from daemon.control.actions.conductor import Conductor
 from daemon.control.actions.forcing import Forcing
 from daemon.control.actions.layout_errors import refusal
-from daemon.control.actions.layout_marks import marks_after, void_marks
+from daemon.control.actions.layout_marks import marks_after, owners_after, void_marks
 from daemon.control.actions.layouts import Layouts
 from daemon.control.actions.phases import Phases, timed
 from daemon.control.actions.routing import Router
@@ -268,6 +268,7 @@ class LayoutChanges:
         self._router.publish_soon()
         self._open = None
         self._returning.later(change.operation, result.layout.moved if result.layout else ())
+        world.owners = owners_after(world, change)
         kept = await self._layouts.kept()
         return Outcome(result, (Drop(change), *changes, *kept, *(Drop(each) for each in moved)))
 

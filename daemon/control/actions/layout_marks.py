@@ -37,3 +37,11 @@ def void_marks(world: World, boot: str) -> tuple[Owned, ...]:
     void = tuple(each for each in world.owned if each.boot_id != boot)
     world.owned = tuple(each for each in world.owned if each.boot_id == boot)
     return void
+
+
+def owners_after(world: World, change: LayoutChange) -> dict[str, str]:
+    """Whom the partitions that are there now are for; the change says so for its GPUs."""
+    changed = {each.gpu for each in change.gpus}
+    elsewhere = {each.id for each in world.partitions.values() if each.gpu_uuid not in changed}
+    kept = {name: owner for name, owner in world.owners.items() if name in elsewhere}
+    return kept | {name: owner for name, owner in change.owners if name in world.partitions}

@@ -97,7 +97,7 @@ class Layouts:
 
     async def export(self) -> str:
         """The present layout as a file."""
-        return export_layout(await self._states())
+        return export_layout(await self._states(), owners=self._world.owners)
 
     async def kept(self) -> tuple[Put | Drop, ...]:
         """For the journal: what of the present layout is ours, to be applied after a reboot."""
@@ -111,9 +111,11 @@ class Layouts:
             for state in states
         ]
         cut = [state for state in ours if state.instances or state.shares]
-        if not cut:
+        owners = self._world.owners
+        if not cut and not owners:
             return (Drop(KeptLayout("", "")),)
-        return (Put(KeptLayout(export_layout(cut, Found.IGNORE), boot_id())),)
+        text = export_layout(cut, Found.IGNORE, owners) if cut else ""
+        return (Put(KeptLayout(text, boot_id(), owners)),)
 
     async def profiles(self) -> list[partition_pb2.GpuProfiles]:
         """What each GPU that answers can be cut into."""

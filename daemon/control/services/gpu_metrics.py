@@ -1,8 +1,8 @@
 """Metrics of GPUs, their instances and the processes on them, under DCGM's label names.
 
 It owns the names. A row has `gpu`, `UUID` and `modelName`; that of an instance `GPU_I_ID` and
-`GPU_I_PROFILE` too, and what is a partition of ours its name. The invariant: what a GPU does not
-tell has no sample, so that nobody takes an absence for a 0.
+`GPU_I_PROFILE` too, and what is a partition of ours its name and the tenant it is for. The
+invariant: what a GPU does not tell has no sample, so that nobody takes an absence for a 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from daemon.control.state.world import World
 from partitioner.gpu import Gpu, GpuProcess
 from partitioner.readings import GpuReadings
 
-GPU_LABELS = ("gpu", "UUID", "modelName", "GPU_I_ID", "GPU_I_PROFILE", "partition")
+OURS = ("partition", "tenant")
+GPU_LABELS = ("gpu", "UUID", "modelName", "GPU_I_ID", "GPU_I_PROFILE", *OURS)
 # Name, help, attribute of the readings, factor to the unit in the name.
 GAUGES = (
     ("hotbay_gpu_utilization_ratio", "Time with a kernel; none in MIG mode.",
@@ -106,20 +107,25 @@ class GpuMetrics(Collector):
             clients = {process.pid for process in each.clients}
             for process in _once(each):
                 if process.used_bytes is not None:
-                    labels = self._labels(each.gpu, process.instance)[:-1]
+                    labels = self._labels(each.gpu, process.instance)[: -len(OURS)]
                     mps = "yes" if process.pid in clients else "no"
-                    name = ours.get(process.pid, "")
-                    family.add_metric([*labels, name, str(process.pid), mps], process.used_bytes)
+                    labels += self._ours(ours.get(process.pid, ""))
+                    family.add_metric([*labels, str(process.pid), mps], process.used_bytes)
         return family
 
     def _labels(self, gpu: Gpu, number: int | None = None) -> list[str]:
         """A label that is empty is, to Prometheus, not there."""
         place = next((one for one in gpu.instances or () if one.number == number), None)
         name = f"gpu{gpu.index}" if place is None else f"gpu{gpu.index}/{place.place}"
-        partition = name if name in self._world.partitions else ""
         profile = "" if place is None else place.place.profile
         shown = "" if number is None else str(number)
-        return [str(gpu.index), gpu.uuid, gpu.name, shown, profile, partition]
+        return [str(gpu.index), gpu.uuid, gpu.name, shown, profile, *self._ours(name)]
+
+    def _ours(self, name: str) -> list[str]:
+        """What is said of a partition of ours, under OURS."""
+        if name not in self._world.partitions:
+            return ["", ""]
+        return [name, self._world.owners.get(name, "")]
 
 
 def _once(readings: GpuReadings) -> list[GpuProcess]:

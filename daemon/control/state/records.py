@@ -225,10 +225,12 @@ class AppliedLayout(msgspec.Struct, frozen=True):
 
 
 class KeptLayout(msgspec.Struct, frozen=True):
-    """How the GPUs were last cut by us, as a layout file, and in which boot of the host."""
+    """How the GPUs were last cut by us, as a layout file (or empty), and in which boot."""
 
     text: str
     boot_id: str
+    owners: dict[str, str] = {}
+    """Whom partitions are for, by their names."""
 
 
 class Result(msgspec.Struct, frozen=True):

@@ -99,6 +99,8 @@ class World:
         self.partitions = {each.id: each for each in partitions}
         self.gpus = gpus
         self.owned: tuple[Owned, ...] = ()
+        self.owners: dict[str, str] = {}
+        """Whom partitions are for, as far as a layout file has said."""
         """The GPU instances that are ours."""
         self.closures = Closures()
         """What takes nothing new now."""
