@@ -22,6 +22,7 @@ from partitioner.errors import NvmlBusyError, NvmlClosedError, NvmlTimeoutError
 from partitioner.geometry import Geometry, Instance
 from partitioner.gpu import Gpu, NvmlDriver, Telemetry
 from partitioner.nvml import PynvmlReader
+from partitioner.nvml_health import HealthReadings
 from partitioner.readings import GpuReadings
 
 # Look-ups of seconds are normal under load; a driver that is silent for this long is stuck.
@@ -154,6 +155,10 @@ class BoundedNvml:
     async def readings(self) -> tuple[GpuReadings, ...]:
         """Read every GPU for monitoring; see `PynvmlReader.readings`."""
         return await self._calls.call("readings", lambda: self._opened().readings())
+
+    async def health(self, uuid: str) -> HealthReadings:
+        """What the driver tells of a GPU's health; see `NvmlReader.health`."""
+        return await self._calls.call(f"health of {uuid}", lambda: self._opened().health(uuid))
 
     async def geometry(self, uuid: str, generation: int) -> Geometry:
         """What instances a board allows; see `NvmlReader.geometry`."""

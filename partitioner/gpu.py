@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from partitioner.geometry import Geometry, Instance
 
 if TYPE_CHECKING:
+    from partitioner.nvml_health import HealthReadings
     from partitioner.readings import GpuReadings
 
 # NVML tells the cores of a GPU but not its multiprocessors, so the ratio of each architecture (by
@@ -139,6 +140,10 @@ class NvmlReader(Protocol):
 
     def readings(self) -> tuple[GpuReadings, ...]:
         """What every GPU that answers measures of itself now, for monitoring."""
+        ...
+
+    def health(self, uuid: str) -> HealthReadings:
+        """What the driver tells of a GPU's health now, whatever its generation."""
         ...
 
     def geometry(self, uuid: str, generation: int) -> Geometry:

@@ -27,6 +27,7 @@ from partitioner.errors import (
 from partitioner.geometry import Geometry, Instance
 from partitioner.gpu import Gpu, GpuHealth, Telemetry
 from partitioner.nvml_facts import call, call_optional, read_ancestor, read_gpu, read_memory
+from partitioner.nvml_health import HealthReadings, read_health
 from partitioner.nvml_instances import read_geometry, read_instances
 from partitioner.pcie import links
 from partitioner.readings import GpuReadings, processes_of, read_readings
@@ -134,6 +135,18 @@ class PynvmlReader:
                 with suppress(NvmlCallError):
                     read.append(read_readings(self._handles[gpu.uuid], gpu))
         return tuple(read)
+
+    def health(self, uuid: str) -> HealthReadings:
+        """What the driver tells of one GPU's health now; raises `GpuLostError`."""
+        self._current(uuid)
+        try:
+            if uuid not in self._handles:
+                self._handles[uuid] = call("nvmlDeviceGetHandleByUUID", uuid)
+            return read_health(self._handles[uuid])
+        except NvmlCallError as error:
+            if error.code not in _LOST:
+                raise
+            raise GpuLostError(f"GPU {uuid} fell off the bus: {error}") from error
 
     def geometry(self, uuid: str, generation: int) -> Geometry:
         """Read the board's profiles and placements, once; raises as `telemetry` does."""

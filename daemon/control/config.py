@@ -212,6 +212,25 @@ class Scheduling(Section):
         return self.weights.get(key, self.weights.get(key.partition("@")[0], 1.0))
 
 
+class Health(Section):
+    """GPUs in trouble (docs/health.md).
+
+    XIDs are heard as they come; what drivers do not report by themselves is read every
+    `poll_interval_s`. Requests on a partition in trouble get `drain_timeout_s` to end before they
+    are paused, or `patient_drain_s` where the driver says that they may go on. XIDs that come
+    within `correlation_s` are one incident, and so long the driver may still ask for a reset.
+    Workers show that they serve again within `prove_timeout_s`, in which one that does not answer
+    for `answer_timeout_s` is started again.
+    """
+
+    poll_interval_s: Annotated[float, Field(ge=0.1, le=3600, allow_inf_nan=False)] = 5.0
+    drain_timeout_s: Seconds = 0.3
+    patient_drain_s: Seconds = 30.0
+    correlation_s: Seconds = 30.0
+    answer_timeout_s: Annotated[float, Field(ge=0.1, le=600, allow_inf_nan=False)] = 5.0
+    prove_timeout_s: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False)] = 60.0
+
+
 class Gateway(Section):
     """Bounds of what the gateway takes in."""
 
@@ -247,6 +266,7 @@ class Config(Section):
     worker: Worker = Worker()
     partitions: Partitions = Partitions()
     scheduling: Scheduling = Scheduling()
+    health: Health = Health()
     gateway: Gateway = Gateway()
     limits: Limits = Limits()
     failpoints: str = ""

@@ -20,6 +20,8 @@ from daemon.control.actions.cordons import Cordons
 from daemon.control.actions.demand_loop import DemandLoop
 from daemon.control.actions.disk_cache import DiskCache
 from daemon.control.actions.gpu_readings import GpuMonitor
+from daemon.control.actions.health import Health
+from daemon.control.actions.health_steps import Steps
 from daemon.control.actions.images import Builders, Images
 from daemon.control.actions.layout_changes import LayoutChanges
 from daemon.control.actions.layouts import Layouts
@@ -30,6 +32,7 @@ from daemon.control.actions.share_watch import ShareWatch
 from daemon.control.actions.spare_memory import SpareKeeper
 from daemon.control.actions.stage_ahead import StageAhead
 from daemon.control.actions.transitions import Transitions
+from daemon.control.actions.xid_listener import XidListener
 from daemon.control.config import Config
 from daemon.control.failpoints import FailPoints, parse_failpoints
 from daemon.control.notify import Notifier, boot_id
@@ -51,6 +54,7 @@ from daemon.control.services.nodes import NodeService
 from daemon.control.services.simulation import SimulationService
 from daemon.control.services.watch import Hub
 from daemon.control.state.closures import Closures
+from daemon.control.state.health_book import HealthBook
 from daemon.control.state.journal import Contents, Journal
 from daemon.control.state.operations import Operations
 from daemon.control.state.records import Operation
@@ -64,6 +68,7 @@ from partitioner.gpu import Gpu
 from partitioner.mps.places import MpsPlaces
 from partitioner.partition import partitions_of
 from partitioner.simulated.node import SimulatedNode
+from partitioner.xid_table import load_xids
 from swap.image_cache import ImageCache
 from swap.store import HostStore
 
@@ -83,6 +88,9 @@ def make_world(
     world = World(config, registry, store, partitions, gpus, contents.links)
     world.owned = contents.owned
     world.closures = Closures(contents.cordons)
+    # A reboot resets every GPU: what was wrong before it is told again if it still is.
+    world.health = HealthBook(each for each in contents.units if each.boot_id == boot_id())
+    world.closures.taints = world.health.taints(partitions)
     for placement in contents.placements:
         world.placed(placement)
     if contents.warning:
@@ -181,6 +189,19 @@ class Node:
             pulls,
             self._layout_changes,
         )
+        self._steps = Steps(
+            world,
+            journal,
+            self._operations,
+            self._conductor,
+            self._router,
+            self.fleet,
+            self._discover,
+        )
+        self._health = Health(
+            world, nvml, journal, self._router, self._steps, load_xids(), self._health_changed
+        )
+        self._xids = XidListener(self._health)
         self._server = make_server(
             world,
             self._operations,
@@ -194,14 +215,14 @@ class Node:
                 version,
                 self._discover,
                 lambda: self._listening,
-                Cordons(world, self._operations, lambda gpu: None),
+                Cordons(world, self._operations, self._health.uncordoned),
             ),
             self._images,
             layouts,
             self._layout_changes,
             pulls,
             DoctorService(config, nvml, notifier.stored_max, version),
-            SimulationService(simulated, self._trouble_changed) if simulated is not None else None,
+            SimulationService(simulated, self._health.look_soon) if simulated else None,
         )
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when one of the daemon's own loops does."""
@@ -239,6 +260,8 @@ class Node:
             asyncio.create_task(self._monitor.run(), name="GPU readings"),
             asyncio.create_task(self._stage_ahead.run(), name="stage ahead"),
             asyncio.create_task(self._share_watch.run(), name="shares"),
+            asyncio.create_task(self._health.run(), name="health"),
+            asyncio.create_task(self._xids.run(), name="XIDs"),
         ]
         for task in self._tasks:
             task.add_done_callback(self._loop_ended)
@@ -286,6 +309,7 @@ class Node:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._steps.close()
         self._hub.close()
         await self._operations.stop()
 
@@ -307,8 +331,9 @@ class Node:
             log.warning("GPUs cannot be read: %s", error)
             return self.world.gpus
 
-    def _trouble_changed(self) -> None:
-        """Somebody changed what the simulated driver tells."""
+    def _health_changed(self) -> None:
+        """What is known of a GPU's health is to be shown."""
+        self._hub.refresh_soon(("gpu", "partition"))
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         """A loop only ends by a bug; a fresh start that adopts everything beats a deaf daemon."""

@@ -30,6 +30,7 @@ CUT_FUNCTIONS = (
     "nvmlGpuInstanceDestroy",
 )
 _PREFIX = "NVML_ERROR_"
+_ACTION = "recovery_action"
 ERRORS: Mapping[str, int] = MappingProxyType(
     {
         name.removeprefix(_PREFIX): int(getattr(pynvml, name))
@@ -128,7 +129,13 @@ def set_health(
     if changed:
         kind = pynvml.nvmlEventTypeXidCriticalError
         node.report(gpu.uuid, kind, XID_RECOVERY_ACTION_CHANGED)
-    return f"gpu{gpu.index} tells {health}"
+    action_word = UNTOLD
+    if health.recovery_action is not None:
+        action_word = RecoveryAction.of(health.recovery_action).name.lower()
+    words = [
+        name.replace("_", " ") for name, value in vars(health).items() if value and name != _ACTION
+    ]
+    return f"gpu{gpu.index}: {', '.join([f'recovery action {action_word}', *words])}"
 
 
 def want_reset(node: SimulatedNode, target: str) -> str:

@@ -99,6 +99,8 @@ class Worker(Listening):
         self.paused = asyncio.Event()
         self.go_on = asyncio.Event()
         self.refuse: control.Failed | None = None
+        self.measuring: control.Failed | None = None
+        """What measuring the link is refused with."""
         self.exchanging = ""
         self.exchanged: ExchangeResult | None = None
         self.abandoned = False
@@ -165,6 +167,9 @@ class Worker(Listening):
                 ledger = Ledger(copy_ms=2.0, total_ms=3.0, copied_bytes=1000)
                 result = ExchangeResult(operation, spec.model, "", ledger=ledger)
                 self.reply(control.Exchanged(message.call, result))
+                return
+            case control.MeasureLink() if self.measuring is not None:
+                self.reply(msgspec.structs.replace(self.measuring, call=message.call))
                 return
             case control.MeasureLink():
                 self.reply(control.LinkMeasured(message.call, 2e9, 1e9))

@@ -107,6 +107,8 @@ class Recovery:
                 continue
             before = world.placements.get(engine.model)
             drained = engine.status is not EngineStatus.ACTIVE
+            if drained and before is not None and world.closures.tainted(partition):
+                continue  # it was paused because its GPU is in trouble, and is to go on
             if drained and (before is None or client.state.exchanging):
                 continue  # on its way in or out; whoever follows the exchange will say
             placement = Placement(engine.model, partition, drained and before is not None)
@@ -130,6 +132,7 @@ class Recovery:
             placement
             for key in world.residents(partition)
             if not (placement := world.placements[key]).drained and key not in world.serving
+            if not self._paused(key, partition)
         ]
         for placement in missing:
             key = placement.model
@@ -146,6 +149,11 @@ class Recovery:
                 world.displaced(key)
                 self._router.publish_soon()
                 await self._journal.commit([Drop(placement)])
+
+    def _paused(self, key: str, partition: str) -> bool:
+        """Whether a model is there and waits for its GPU to be proven healthy."""
+        engine = self._world.engine(key, partition)
+        return engine is not None and on_device(engine) and self._world.closures.tainted(partition)
 
     async def _bring_back(self, key: str, partition: str) -> str:
         """Returns why it could not be done; empty when it was, or when it is to be tried again."""

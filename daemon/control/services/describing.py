@@ -9,7 +9,7 @@ from typing import Any
 
 from google.longrunning import operations_proto_pb2 as longrunning
 from google.protobuf.message import Message
-from hotbay.v1 import model_pb2, node_pb2, partition_pb2
+from hotbay.v1 import health_pb2, model_pb2, node_pb2, partition_pb2
 
 MOVING_FIGURES = (
     "kv_used_bytes",
@@ -68,7 +68,12 @@ def describe(name: str, resource: Message) -> str:
         return f"{name} runs as pid {resource.pid} ({how})"
     assert isinstance(resource, node_pb2.Gpu)
     cordoned = ", cordoned" if resource.cordoned else ""
-    return f"GPU {name} is {resource.health}{cordoned}"
+    units = [
+        f"{each.unit} {_word(health_pb2.UnitHealth, 'state', each.state)}: {each.reason}"
+        for each in resource.units
+        if each.state != health_pb2.HEALTH_STATE_HEALTHY
+    ]
+    return "; ".join([f"GPU {name} is {resource.health}{cordoned}", *units])
 
 
 def _word(message: Any, field: str, number: int) -> str:

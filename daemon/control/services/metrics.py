@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from daemon.control.actions.disk_cache import DiskCache
 from daemon.control.actions.gpu_readings import GpuMonitor
 from daemon.control.services.gpu_metrics import GpuMetrics
+from daemon.control.services.health import HealthMetrics
 from daemon.control.state.records import Operation
 from daemon.control.state.world import World
 from engine.link.control import ExchangeResult, Ledger
@@ -68,6 +69,7 @@ class Metrics:
         )
         self._registry.register(Reports(world, disk))
         self._registry.register(GpuMetrics(world, monitor))
+        self._registry.register(HealthMetrics(world))
 
     def exchanged(self, result: ExchangeResult, predicted_ms: float = 0.0) -> None:
         """Count a swap, load or unload that ended on its partition; 0: nothing was foreseen."""

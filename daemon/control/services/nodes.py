@@ -61,7 +61,11 @@ class NodeService:
             processes=[views.process(each) for each in world.processes.processes()],
             http_address=http,
             grpc_address=grpc_address,
-            warnings=[*world.warnings, *self._troubles()],
+            warnings=[
+                *world.warnings,
+                *self._troubles(),
+                *world.health.warnings(world.gpus),
+            ],
             operations_running=self._operations.open_count,
         )
 

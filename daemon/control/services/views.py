@@ -6,9 +6,10 @@ reported to protobuf. Only the services and the watch use it.
 
 from __future__ import annotations
 
-from hotbay.v1 import health_pb2, model_pb2, node_pb2, partition_pb2
+from hotbay.v1 import model_pb2, node_pb2, partition_pb2
 
 from daemon.control.processes.child import ProcessInfo
+from daemon.control.services import health
 from daemon.control.services.answers import model_state, timestamp
 from daemon.control.state.planning import kv_bytes_per_token
 from daemon.control.state.records import Operation, Version
@@ -84,6 +85,9 @@ def partition(world: World, each: Partition, holder: Operation | None) -> partit
         return message
     state = client.state
     message.health = partition_pb2.PARTITION_HEALTH_READY
+    if each.id in world.closures.taints:
+        message.health = partition_pb2.PARTITION_HEALTH_TAINTED
+        message.health_reason = world.closures.taints[each.id]
     message.worker_pid = state.pid
     message.worker_generation = state.generation
     message.memory_bytes = state.memory_bytes
@@ -144,19 +148,10 @@ def gpu(world: World, each: Gpu) -> node_pb2.Gpu:
         instances=instances,
         instances_hidden=each.instances is None,
         link=each.link,
-        units=[_whole(each)],
+        units=[health.unit(world.health, unit) for unit in world.health.units(each)],
+        readings=health.readings(world.health.readings.get(each.uuid)),
         cordoned=cordon is not None,
         cordon_reason=cordon.reason if cordon is not None else "",
-    )
-
-
-def _whole(each: Gpu) -> health_pb2.UnitHealth:
-    sound = each.health is GpuHealth.OK
-    state = "HEALTHY" if sound else "NEEDS_OPERATOR"
-    return health_pb2.UnitHealth(
-        unit=f"gpu{each.index}",
-        state=health_pb2.HealthState.Value(f"HEALTH_STATE_{state}"),
-        reason=each.health_reason,
     )
 
 

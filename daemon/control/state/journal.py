@@ -29,6 +29,7 @@ from daemon.control.state.records import (
     LinkRate,
     Operation,
     Placement,
+    UnitRecord,
     Version,
 )
 from partitioner.cutting import LayoutChange, Owned
@@ -48,13 +49,23 @@ _KINDS: dict[type, str] = {
     LayoutChange: "layout",
     Cordon: "cordon",
     KeptLayout: "kept layout",
+    UnitRecord: "health",
 }
 _TYPES: dict[str, type] = {kind: type_ for type_, kind in _KINDS.items()}
 
 log = logging.getLogger(__name__)
 
 Record = (
-    Version | Label | Placement | Operation | LinkRate | Owned | LayoutChange | Cordon | KeptLayout
+    Version
+    | Label
+    | Placement
+    | Operation
+    | LinkRate
+    | Owned
+    | LayoutChange
+    | Cordon
+    | KeptLayout
+    | UnitRecord
 )
 
 
@@ -87,6 +98,8 @@ class Contents:
     cordons: tuple[Cordon, ...] = ()
     kept_layout: KeptLayout | None = None
     """How the GPUs were cut by us when that was last changed."""
+    units: tuple[UnitRecord, ...] = ()
+    """GPUs and GPU instances that are not healthy."""
     warning: str = ""
 
 
@@ -173,6 +186,8 @@ def _key(record: Record) -> str:
         return f"{record.gpu}/{record.place}"
     if isinstance(record, Cordon):
         return record.gpu
+    if isinstance(record, UnitRecord):
+        return f"{record.unit.gpu}/{record.unit.place}"
     if isinstance(record, LayoutChange | KeptLayout):
         return "current"  # There is one at a time.
     return record.name
@@ -264,4 +279,5 @@ def _read(database: sqlite3.Connection) -> Contents:
         layout_change=next(iter(records["layout"]), None),
         cordons=tuple(records["cordon"]),
         kept_layout=next(iter(records["kept layout"]), None),
+        units=tuple(records["health"]),
     )

@@ -13,6 +13,7 @@ import msgspec
 
 from daemon.control.processes.holders import Holder
 from engine.link.control import InFlight, Ledger
+from partitioner.health import HealthState, Incident, Unit
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -107,6 +108,20 @@ class Cordon(msgspec.Struct, frozen=True):
     gpu: str
     reason: str
     since_s: float
+
+
+class UnitRecord(msgspec.Struct, frozen=True):
+    """That a GPU or GPU instance is not healthy, and how far mending it has come."""
+
+    unit: Unit
+    state: HealthState
+    incident: Incident
+    since_s: float
+    boot_id: str
+    moved: tuple[str, ...] = ()
+    """Models that were taken off it, to be brought back."""
+    attempts: int = 0
+    """Proofs that failed."""
 
 
 class Stage(StrEnum):

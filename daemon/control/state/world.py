@@ -20,6 +20,7 @@ from daemon.control.errors import Refused
 from daemon.control.processes.child import ProcessInfo
 from daemon.control.processes.worker_client import WorkerClient
 from daemon.control.state.closures import Closures
+from daemon.control.state.health_book import HealthBook
 from daemon.control.state.history import History
 from daemon.control.state.parking import Holdings
 from daemon.control.state.planning import PartitionView, Resident, Staged, resident
@@ -104,6 +105,8 @@ class World:
         """The GPU instances that are ours."""
         self.closures = Closures()
         """What takes nothing new now."""
+        self.health = HealthBook()
+        """What is known of the health of GPUs and GPU instances."""
         self.processes: Processes
         self.became_ready = asyncio.Event()
         self.stopping = False
