@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-import json
 import os
 import re
 import tomllib
@@ -316,27 +315,6 @@ def load(
         source = str(path) if path is not None else "the command line"
         raise ConfigInvalid(f"{source} is refused:\n" + "\n".join(_explain(error))) from None
     return _complete(config, environment)
-
-
-def as_toml(config: Config) -> str:
-    """A configuration as the file that would give it, every key in its table."""
-    lines = []
-    for section, values in config.model_dump(mode="json").items():
-        if isinstance(values, dict):
-            keys = [f"{key} = {_toml(value)}" for key, value in values.items()]
-            lines += [f"[{section}]", *keys, ""]
-        elif values:
-            lines.insert(0, f"{section} = {json.dumps(values)}")
-    return "\n".join(lines)
-
-
-def _toml(value: Any) -> str:
-    """JSON's strings, numbers, booleans and keys are TOML's as well; its objects are not."""
-    if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{json.dumps(key)} = {_toml(one)}" for key, one in value.items()) + "}"
-        )
-    return json.dumps(value)
 
 
 def _complete(config: Config, environment: Mapping[str, str]) -> Config:

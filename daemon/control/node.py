@@ -35,7 +35,7 @@ from daemon.control.actions.transitions import Transitions
 from daemon.control.actions.xid_listener import XidListener
 from daemon.control.config import Config
 from daemon.control.failpoints import FailPoints, parse_failpoints
-from daemon.control.notify import Notifier, boot_id
+from daemon.control.notify import Notifier
 from daemon.control.processes.builder_client import Builder
 from daemon.control.processes.commands import commands
 from daemon.control.processes.custody import Custody
@@ -53,49 +53,23 @@ from daemon.control.services.metrics import Metrics
 from daemon.control.services.nodes import NodeService
 from daemon.control.services.simulation import SimulationService
 from daemon.control.services.watch import Hub
-from daemon.control.state.closures import Closures
-from daemon.control.state.health_book import HealthBook
-from daemon.control.state.journal import Contents, Journal
+from daemon.control.state.journal import Contents, Drop, Journal
 from daemon.control.state.operations import Operations
 from daemon.control.state.records import Operation
-from daemon.control.state.registry import Registry
-from daemon.control.state.world import RunningFleet, World
+from daemon.control.state.remembered_world import make_world
+from daemon.control.state.world import RunningFleet
 from engine.link.control import WorkerState
 from engine.link.routes import Demand
 from partitioner.bounded import BoundedNvml
 from partitioner.errors import PartitionerError
 from partitioner.gpu import Gpu
-from partitioner.mps.places import MpsPlaces
-from partitioner.partition import partitions_of
 from partitioner.simulated.node import SimulatedNode
 from partitioner.xid_table import load_xids
 from swap.image_cache import ImageCache
-from swap.store import HostStore
 
 log = logging.getLogger(__name__)
 
 FleetMaker = Callable[[Commands, tuple[str, ...], FleetEvents], RunningFleet]
-
-
-def make_world(
-    config: Config, contents: Contents, gpus: tuple[Gpu, ...], builders: Builders, places: MpsPlaces
-) -> World:
-    """What the journal remembers, and the GPUs that were found."""
-    registry = Registry(builders, config.image_dtype, config.limits.models_max)
-    registry.restore(contents)
-    store = HostStore(config.host_store.budget_bytes)
-    partitions = partitions_of(gpus, contents.owned, boot_id(), places.noted())
-    world = World(config, registry, store, partitions, gpus, contents.links)
-    world.owned = contents.owned
-    world.closures = Closures(contents.cordons)
-    # A reboot resets every GPU: what was wrong before it is told again if it still is.
-    world.health = HealthBook(each for each in contents.units if each.boot_id == boot_id())
-    world.closures.taints = world.health.taints(partitions)
-    for placement in contents.placements:
-        world.placed(placement)
-    if contents.warning:
-        world.warnings.append(contents.warning)
-    return world
 
 
 class Node:
@@ -238,6 +212,8 @@ class Node:
         await self._server.start()
         await self._layout_changes.settle(self._contents.layout_change, open_operations)
         world.warnings.extend(await self.sharing.restore())
+        void = [each for each in self._contents.units if each.unit not in world.health.records]
+        await self._journal.commit(Drop(each) for each in void)
         await self._disk.open()
         scan = asyncio.create_task(self._scan(), name="scan")
         try:

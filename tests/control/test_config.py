@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from daemon.control import config as config_module
-from daemon.control.config import Config, as_toml, load
+from daemon.control.config import Config, load
+from daemon.control.config_text import as_toml
 from daemon.control.errors import ConfigInvalid
 from daemon.control.processor import computes_bfloat16
 from engine.link.control import InFlight

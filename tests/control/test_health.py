@@ -20,7 +20,7 @@ from partitioner.gpu import Gpu, MigInstance
 from partitioner.health import HealthState, Unit
 from partitioner.simulated import trouble
 from tests.control.test_cordons import uncordon
-from tests.control.test_services import QUIET, Api, refusal
+from tests.support.control_api import QUIET, Api, refusal
 from tests.support.control_stage import staged, until
 
 # So long that nothing goes on by itself before the test says so.

@@ -293,7 +293,7 @@ def test_marks_of_another_boot_are_void(tmp_path: Path, monkeypatch: pytest.Monk
         stage = api.stage
         await apply(api, TWO)
         await stage.kill()
-        for module in ("node", "actions.layouts", "actions.layout_changes"):
+        for module in ("state.remembered_world", "actions.layouts", "actions.layout_changes"):
             monkeypatch.setattr(f"daemon.control.{module}.boot_id", lambda: "another")
         await stage.start()
         assert list(stage.node.world.partitions) == []

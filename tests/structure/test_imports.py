@@ -35,7 +35,7 @@ CONTROL_ARROWS: dict[str, tuple[str, ...]] = {
     "doctor": (),
     "services": ("actions", "state", "processes", "doctor"),
 }
-CONTROL_BASE = ("config", "errors", "failpoints", "lock", "notify", "processor")
+CONTROL_BASE = ("config", "config_text", "errors", "failpoints", "lock", "notify", "processor")
 CONTROL_TOP = (["main"], ["lifetime"], ["node"])
 OURS = {"hotbay", "partitioner", "swap", "engine", "daemon"}
 WITHOUT_TORCH = (

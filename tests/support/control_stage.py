@@ -109,9 +109,6 @@ class StageFleet:
             await self.lose(partition)
             del self._clients[partition]
 
-    async def restart(self, partition: str) -> None:
-        self.restarted.append(partition)
-
     async def lose(self, partition: str) -> None:
         await self._clients[partition].close()
         await self._events.worker_down(partition, "it was ended by SIGKILL")

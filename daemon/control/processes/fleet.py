@@ -117,12 +117,6 @@ class Fleet:
         if place is not None:
             await place.settled.wait()
 
-    async def restart(self, partition: str) -> None:
-        """End a partition's worker at once; its keeper starts it again."""
-        place = self._places.get(partition)
-        if place is not None and place.child is not None:
-            await place.child.kill()
-
     async def remove(self, partition: str, drain_timeout_s: float) -> None:
         """Let a partition's worker finish its requests and end, and start none there again."""
         place = self._places.get(partition)
