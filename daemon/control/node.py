@@ -100,7 +100,7 @@ class Node:
         log_dir = config.state_dir / "log"
         log_dir.mkdir(mode=0o700, exist_ok=True)
         argument_lists = commands(
-            config, world.partitions, lambda: self._listening, log_dir, sharing.prefix
+            config, world.partitions, lambda: self._listening, log_dir, sharing
         )
         self.fleet = make_fleet(argument_lists, tuple(world.partitions), self)
         world.processes = self.fleet

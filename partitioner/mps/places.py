@@ -10,6 +10,7 @@ instead, and so nothing has to be restored, whoever crashes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from partitioner.mps.shared import SharedPlace
 
 ASTRAY_ENDS_MAX = 3
 """How often a share's worker is ended for being no client; more would only keep it from serving."""
+
+RELEASE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,17 @@ class MpsPlaces:
                 words = (f"{name}={value}" for name, value in variables.items())
                 return ("env", *words, *self._programs.prefix)
         return ()
+
+    async def release(self, partition: str, pid: int) -> None:
+        """Take a client's contexts from it, since it is about to be killed with work in flight.
+
+        Killed without that it may leave its server and the other clients undefined.
+        """
+        for each in self.noted():
+            if partition in each.partitions:
+                with contextlib.suppress(MpsError, TimeoutError):
+                    async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                        await self._control(each).terminate(pid)
 
     # While they serve.
 

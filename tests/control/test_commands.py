@@ -57,6 +57,14 @@ link_bytes_per_s = {throttle}
     assert options.link_bytes_per_s == rate
 
 
+class Sharing:
+    def prefix(self, partition: str) -> tuple[str, ...]:
+        return ("env", f"SHARE={partition}")
+
+    async def release(self, partition: str, pid: int) -> None:
+        raise AssertionError("nobody is killed here")
+
+
 def test_a_share_is_a_client_with_its_part_of_memory_and_threads() -> None:
     path = Path("/nowhere/hotbayd.toml")
     part = replace(
@@ -70,9 +78,7 @@ def test_a_share_is_a_client_with_its_part_of_memory_and_threads() -> None:
         config = config.model_copy(
             update={"worker": config.worker.model_copy(update={"threads": 8})}
         )
-        made = commands(
-            config, {part.id: part}, lambda: ("", ""), path, lambda name: ("env", f"SHARE={name}")
-        )
+        made = commands(config, {part.id: part}, lambda: ("", ""), path, Sharing())
         return made.worker(part.id, 1)
 
     words = arguments("h200x1")

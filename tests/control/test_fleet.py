@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -189,6 +190,27 @@ def test_what_cannot_be_spoken_to_is_replaced(
             assert fleet.workers["gpu0"].pid != stuck.pid
         async with asyncio.timeout(WAIT_S):
             await stuck.exited()
+
+    run(scenario)
+
+
+def test_only_who_is_about_to_be_killed_is_released_first(tmp_path: Path) -> None:
+    """A worker of an MPS share that is killed with work in flight may take the others along."""
+
+    async def scenario() -> None:
+        released: list[tuple[str, int, bool]] = []
+
+        async def release(partition: str, pid: int) -> None:
+            released.append((partition, pid, psutil.pid_exists(pid)))
+
+        made = replace(commands(tmp_path), release=release)
+        fleet = Fleet(made, ("gpu0/mps0", "gpu0/mps1"), Recorder())
+        await fleet.start()
+        pids = {name: each.pid for name, each in fleet.workers.items()}
+        await fleet.remove("gpu0/mps1", 0.0)
+        assert released == [], "it ended by itself"
+        await fleet.kill()
+        assert released == [("gpu0/mps0", pids["gpu0/mps0"], True)]
 
     run(scenario)
 

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import grpc
+import pytest
 from hotbay.operations import operation_response
 from hotbay.v1 import partition_pb2
 
@@ -21,6 +22,9 @@ from tests.support.control_api import QUIET, Api, refusal
 from tests.support.control_peers import Worker
 from tests.support.control_stage import staged
 
+pytestmark = pytest.mark.timeout(300)
+PATIENCE_S = 240.0
+"""Each control command is a process, and the machine may have much else to do."""
 GIB = 1 << 30
 HEAD = "version: 1\ngpus:\n- index: 0\n"
 SHARED = HEAD + "  shares: [{memory: 60GiB, threads: 50, owner: team-a}, {memory: 60GiB}]\n"
@@ -37,10 +41,12 @@ def play(root: Path, scenario: Callable[[Api], Awaitable[None]]) -> None:
                 stage.workers[name] = Worker(root / "run", name, 64 << 20)
             await stage.start()
             try:
-                async with asyncio.timeout(90):
+                async with asyncio.timeout(PATIENCE_S):
                     path = stage.config().control_socket
                     async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
-                        await scenario(Api(stage, channel))
+                        api = Api(stage, channel)
+                        api.timeout_s = PATIENCE_S
+                        await scenario(api)
             finally:
                 await stage.node.sharing.stop()
 

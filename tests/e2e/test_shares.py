@@ -20,6 +20,8 @@ from partitioner.simulated.mps_texts import FAULT_COMMAND
 from tests.e2e.conftest import NodeMaker, Oracle
 from tests.e2e.test_layouts import ask, brought_back, names
 
+pytestmark = pytest.mark.timeout(300)
+PATIENCE_S = 200
 SHARED = """
 version: 1
 gpus:
@@ -61,7 +63,7 @@ def workers(node: LocalNode) -> dict[str, int]:
 
 
 def until(true: Callable[[], bool], node: LocalNode) -> None:
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < deadline_s, (workers(node), list(node.client.node().warnings))
         time.sleep(0.05)
@@ -124,7 +126,7 @@ def test_killed(
     daemon = psutil.Process(node.pid)
     with contextlib.suppress(HotbayError):  # the answer may be lost with the daemon
         node.client.apply_layout(node.client.plan_layout(SHARED).plan_id)
-    assert psutil.wait_procs([daemon], timeout=60)[1] == [], "the point was reached"
+    assert psutil.wait_procs([daemon], timeout=PATIENCE_S)[1] == [], "the point was reached"
     monkeypatch.delenv("HOTBAY_FAILPOINTS")
     node.kill()  # it is dead already; this collects it
     node.start()

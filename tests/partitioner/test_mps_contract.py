@@ -24,6 +24,7 @@ from partitioner.mps.probing import control as control_of
 from partitioner.mps.probing import language_of
 from partitioner.nvml import PynvmlReader
 
+pytestmark = pytest.mark.timeout(300)
 GIB = 1 << 30
 STAND_IN = (sys.executable, "-m", "partitioner.simulated.mps_control")
 CLIENT = (sys.executable, "-m", "partitioner.simulated.mps_client")
@@ -102,7 +103,7 @@ def play(bench: Bench) -> Iterator[Callable[[Callable[[], Awaitable[None]]], Non
     def run(scenario: Callable[[], Awaitable[None]]) -> None:
         async def bounded() -> None:
             try:
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(240):
                     await scenario()
             finally:
                 await bench.control.stop()

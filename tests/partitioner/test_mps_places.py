@@ -20,6 +20,7 @@ from partitioner.mps.preflight import Sight, unlike
 from partitioner.mps.shared import SharedPlace
 from tests.partitioner.test_mps_contract import CLIENT, DEVICE, STAND_IN
 
+pytestmark = pytest.mark.timeout(300)
 GIB = 1 << 30
 GPU = Gpu(DEVICE, 0, memory_bytes=141 * GIB, sm_count=132)
 HALF = Share(60 * GIB, 50)
@@ -35,7 +36,7 @@ def programs(*options: str) -> Programs:
 def play(places: MpsPlaces, scenario: Callable[[], Awaitable[None]]) -> None:
     async def run() -> None:
         try:
-            async with asyncio.timeout(90):
+            async with asyncio.timeout(240):
                 await scenario()
         finally:
             await places.stop()
@@ -92,6 +93,15 @@ def test_workers_that_run_beside_mps_are_ended_a_few_times_and_then_only_told(
             ended.append(name)
 
         assert await places.mend({}, end) == ()
+        client = await asyncio.create_subprocess_exec(*places.prefix("gpu0/mps0"), "sleep", "600")
+        control = places._control(places.noted()[0])
+        while await control.clients() != (client.pid,):  # noqa: ASYNC110 (it is on its way)
+            await asyncio.sleep(0.01)
+        await places.release("gpu0/mps0", client.pid)
+        await places.release("gpu1", client.pid)
+        assert (await control.clients(), client.returncode) == ((), None)
+        client.kill()
+        await client.wait()
         told = [await places.mend({"gpu0/mps1": 1}, end) for _ in range(ASTRAY_ENDS_MAX + 2)]
         assert ended == ["gpu0/mps1"] * ASTRAY_ENDS_MAX
         assert told == [("gpu0/mps1",)] * (ASTRAY_ENDS_MAX + 1) + [()]

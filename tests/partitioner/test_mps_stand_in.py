@@ -27,6 +27,7 @@ from partitioner.simulated.mps_state import (
 from partitioner.simulated.mps_texts import FAULT_COMMAND, legacy, named
 from tests.partitioner.test_mps_contract import CLIENT, DEVICE, STAND_IN, Bench, end
 
+pytestmark = pytest.mark.timeout(300)
 GIB = 1 << 30
 
 

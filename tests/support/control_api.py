@@ -28,6 +28,7 @@ class Api:
     def __init__(self, stage: Theatre, channel: grpc.aio.Channel) -> None:
         self.stage = stage
         self.channel = channel
+        self.timeout_s = 10.0
 
     async def call(self, method: str, request: Any, answer: Any) -> Any:
         call = self.channel.unary_unary(
@@ -35,7 +36,7 @@ class Api:
             request_serializer=type(request).SerializeToString,
             response_deserializer=answer.FromString,
         )
-        return await call(request, timeout=10)
+        return await call(request, timeout=self.timeout_s)
 
     async def model(self, method: str, answer: Any = longrunning.Operation, **fields: Any) -> Any:
         request = getattr(model_pb2, f"{method}Request")(**fields)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -19,16 +21,23 @@ from daemon.control.processes.place import Commands
 from partitioner.partition import Partition
 
 
+class Sharing(Protocol):
+    """The places under MPS; see `partitioner.mps.places.MpsPlaces`."""
+
+    def prefix(self, partition: str) -> tuple[str, ...]: ...
+    async def release(self, partition: str, pid: int) -> None: ...
+
+
 def commands(
     config: Config,
     partitions: dict[str, Partition],
     listening: Callable[[], tuple[str, str]],
     log_dir: Path | None,
-    prefix: Callable[[str], tuple[str, ...]] = lambda partition: (),
+    sharing: Sharing | None = None,
 ) -> Commands:
     """Command lines by generation. `listening` is where a gateway was found, or empty strings.
 
-    `prefix` is what the command line of a partition's worker begins with.
+    `sharing` makes workers of shares its clients.
     """
     worker = config.worker
     cores = len(os.sched_getaffinity(0))
@@ -50,7 +59,7 @@ def commands(
         threads = max(1, threads * partitions[partition].thread_percent // 100)
         page = ("--page-bytes", str(worker.page_bytes)) if worker.page_bytes else ()
         return [
-            *prefix(partition),
+            *(sharing.prefix(partition) if sharing is not None else ()),
             *(sys.executable, "-m", "engine.worker.main"),
             *("--partition", partition),
             *("--runtime-dir", str(config.runtime_dir)),
@@ -67,7 +76,8 @@ def commands(
             *(("--must-be-pinned",) if worker.must_be_pinned else ()),
         ]
 
-    return Commands(config.runtime_dir, log_dir, gateway, start_worker)
+    made = Commands(config.runtime_dir, log_dir, gateway, start_worker)
+    return made if sharing is None else replace(made, release=sharing.release)
 
 
 def _device(config: Config, partition: Partition) -> list[str]:

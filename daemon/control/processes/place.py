@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -51,15 +51,21 @@ class FleetEvents(Protocol):
     async def metrics(self) -> str: ...
 
 
+async def _nobody(partition: str, pid: int) -> None:
+    """Whoever holds nothing that outlives it may be killed."""
+
+
 @dataclass(frozen=True)
 class Commands:
-    """How the processes are started: argument lists by generation."""
+    """How the processes are started: argument lists by generation; and made safe to kill."""
 
     runtime_dir: Path
     log_dir: Path | None
     """Where children's output goes; None: where this process's goes."""
     gateway: Callable[[int], list[str]]
     worker: Callable[[str, int], list[str]]
+    release: Callable[[str, int], Awaitable[None]] = _nobody
+    """Awaited before a partition's worker, by pid, is sent a signal; bounded, and never raises."""
 
 
 class Place:
@@ -136,7 +142,7 @@ class Place:
                         await child.exited()
             if child.running:
                 log.warning("%s closed its link and lives on: killing it", self.name)
-                await child.kill()
+                await self._kill(child)
             return await child.exited()
         finally:
             exited.cancel()
@@ -148,7 +154,7 @@ class Place:
         if client is not None:
             await client.close()
         if self.child is not None:
-            await self.child.kill()
+            await self._kill(self.child)
         process_record.remove(self.directory)
         with contextlib.suppress(OSError):
             os.unlink(self.socket)
@@ -165,6 +171,7 @@ class Place:
                     await self.child.exited()
             except TimeoutError:
                 log.warning("%s did not end by itself; terminating it", self.name)
+                await self._release(self.child)
                 await self.child.stop(STOP_GRACE_S)
         process_record.remove(self.directory)
 
@@ -175,6 +182,14 @@ class Place:
         if self.child is not None:
             self.child.forget()
 
+    async def _kill(self, child: Child) -> None:
+        await self._release(child)
+        await child.kill()
+
+    async def _release(self, child: Child) -> None:
+        if self.role == WORKER and child.running:
+            await self._commands.release(self.partition, child.pid)
+
     async def _adopt(self) -> Client | None:
         """Take over the process that runs here, if one does and can be spoken to."""
         recorded = process_record.read(self.directory)
@@ -183,7 +198,7 @@ class Place:
         except (OSError, TimeoutError, LinkError, ControlError) as error:
             if recorded is not None and recorded.boot_id == self._boot_id and recorded.alive():
                 log.warning("%s (pid %d) does not answer: %s", self.name, recorded.pid, error)
-                await Child(recorded.pid).kill()
+                await self._kill(Child(recorded.pid))
             return None
         state = client.state
         if state.boot_id != self._boot_id or state.pid != client.pid:
@@ -194,7 +209,8 @@ class Place:
         if state.protocol != control.PROTOCOL:
             log.warning("%s speaks protocol %d: replacing it", self.name, state.protocol)
             await client.close()
-            await Child(client.pid).stop(STOP_GRACE_S)
+            await self._release(old := Child(client.pid))
+            await old.stop(STOP_GRACE_S)
             return None
         self.child = Child(client.pid)
         self.generation = state.generation
