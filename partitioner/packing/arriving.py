@@ -17,7 +17,10 @@ from partitioner.packing.values import Bin, Room
 
 MOVES_MAX = 3
 
+WAYS_KEPT_MAX = 100_000
+
 Group = frozenset[int]
+Groups = tuple[tuple[Instance | None, Group], ...]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Standing:
     """One GPU as it is used: groups by instance, or by None for the whole GPU."""
 
     bin: Bin
-    groups: tuple[tuple[Instance | None, Group], ...] = ()
+    groups: Groups = ()
 
     @property
     def instances(self) -> tuple[Instance, ...]:
@@ -75,12 +78,13 @@ Choice = Callable[["Arrivals", Node, int], Admission | None]
 
 
 class Arrivals:
-    """Places groups of the models of `rooms`."""
+    """Places groups of the models of `rooms`, always on the same GPUs."""
 
     def __init__(self, rooms: Rooms) -> None:
         self.rooms = rooms
         self._fragments: dict[tuple[Geometry, tuple[Instance, ...]], float] = {}
         self._rooms_of: dict[int, dict[str, Room]] = {}
+        self._ways: dict[tuple[int, Groups, Group], Way | None] = {}
 
     def ways(self, node: Node, number: int, group: Group) -> Iterator[Way]:
         """Every way to take a group in on one GPU without moving anybody; joining others first."""
@@ -101,46 +105,59 @@ class Arrivals:
 
     def best(self, node: Node, group: Group) -> Way | None:
         """The cheapest of all ways on all GPUs."""
-        ways = (way for number in range(len(node)) for way in self.ways(node, number, group))
-        return min(ways, key=lambda way: way.cost, default=None)
+        found = (self._best_on(node, number, group) for number in range(len(node)))
+        return min((way for way in found if way is not None), key=_cost, default=None)
 
-    def displacing(self, node: Node, group: Group) -> Iterator[tuple[int, float, Node]]:
-        """Ways that put the group in the place of others, which go where they cost least.
+    def _best_on(self, node: Node, number: int, group: Group) -> Way | None:
+        """The cheapest on one GPU; kept, since most GPUs are as they were when last asked."""
+        key = (number, node[number].groups, group)
+        if key not in self._ways:
+            if len(self._ways) >= WAYS_KEPT_MAX:
+                self._ways.clear()
+            self._ways[key] = min(self.ways(node, number, group), key=_cost, default=None)
+        return self._ways[key]
 
-        Tells how many instances move, and by how much the fragmentation grows in all.
+    def displacing(self, node: Node, group: Group) -> tuple[int, Node] | None:
+        """The group in the place of others, which go where they cost least.
+
+        Of all ways that move the fewest, the one that fragments least; tells how many move.
         """
+        ways: list[tuple[int, int, Instance]] = []
         for number, here in enumerate(node):
             if here.whole or not here.bin.may_be_cut:
                 continue
             for profile in self._fitting(number, here, group):
-                for place in profile.placements:
-                    found = self._displace(node, number, place, group)
-                    if found is not None:
-                        yield found
+                ways += [(len(_under(here, e)), number, e) for e in profile.placements]
+        for count in range(1, MOVES_MAX + 1):
+            tried = (
+                self._displace(node, number, place, group)
+                for leaving, number, place in ways
+                if leaving == count
+            )
+            best = min((each for each in tried if each is not None), key=_growth, default=None)
+            if best is not None:
+                return count, best[1]
+        return None
 
     def _displace(
         self, node: Node, number: int, place: Instance, group: Group
-    ) -> tuple[int, float, Node] | None:
+    ) -> tuple[float, Node] | None:
         here = node[number]
-        leaving = [
-            each for each in here.groups if each[0] is not None and each[0].mask & place.mask
-        ]
-        if not 0 < len(leaving) <= MOVES_MAX:
-            return None
+        leaving = _under(here, place)
         kept = tuple(each for each in here.groups if each not in leaving)
         emptied = replace(here, groups=kept)
         if not here.bin.state.geometry.fits(emptied.instances, place):
             return None
         then = _with(node, number, replace(here, groups=(*kept, (place, group))))
-        growth = 0.0
-        for old, moving in sorted(leaving, key=lambda each: -(each[0].size if each[0] else 0)):
-            assert old is not None
+        growth = self.fragmentation(here.bin.state.geometry, then[number].instances)
+        growth -= self.fragmentation(here.bin.state.geometry, here.instances)
+        for _, moving in sorted(leaving, key=lambda each: -each[0].size):
             way = self.best(then, moving)
             if way is None:
                 return None
             growth += way.growth
             then = _with(then, way.number, way.then)
-        return len(leaving), growth, then
+        return growth, then
 
     def _new(
         self, number: int, here: Standing, group: Group
@@ -193,9 +210,8 @@ def least_fragmenting_or_moving(arrivals: Arrivals, node: Node, index: int) -> A
     found = least_fragmenting(arrivals, node, index)
     if found is not None:
         return found
-    ways = arrivals.displacing(node, frozenset((index,)))
-    best = min(ways, key=lambda way: way[:2], default=None)
-    return Admission(best[2], best[0]) if best is not None else None
+    moved = arrivals.displacing(node, frozenset((index,)))
+    return Admission(moved[1], moved[0]) if moved is not None else None
 
 
 def first_fit(arrivals: Arrivals, node: Node, index: int) -> Admission | None:
@@ -208,3 +224,16 @@ def first_fit(arrivals: Arrivals, node: Node, index: int) -> Admission | None:
 
 def _with(node: Node, number: int, then: Standing) -> Node:
     return (*node[:number], then, *node[number + 1 :])
+
+
+def _under(here: Standing, place: Instance) -> list[tuple[Instance, Group]]:
+    """The instances with their groups that stand where another is wanted."""
+    return [(old, group) for old, group in here.groups if old is not None and old.mask & place.mask]
+
+
+def _cost(way: Way) -> tuple[int, float, int, int]:
+    return way.cost
+
+
+def _growth(way: tuple[float, Node]) -> float:
+    return way[0]

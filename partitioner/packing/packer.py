@@ -18,7 +18,7 @@ from partitioner.packing.rooms import Rooms
 from partitioner.packing.sharing import Rules
 from partitioner.packing.values import Bin, ModelNeed, Packing
 
-FILLINGS_MAX = 6000
+FILLINGS_MAX = 4000
 """Sets of rooms that are filled in all."""
 SEED = 1
 
