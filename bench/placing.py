@@ -220,8 +220,8 @@ def value_figures(values: Sequence[tuple[float, float]]) -> list[Figure]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--instances", type=int, default=100)
-    parser.add_argument("--arrivals", type=int, default=800)
+    parser.add_argument("--instances", type=int, default=50)
+    parser.add_argument("--arrivals", type=int, default=500)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rules = load_rules(PAGE_BYTES, RESERVE_BYTES)

@@ -160,7 +160,7 @@ def _fills(bins: Sequence[Bin], packing: Packing) -> list[placement_pb2.GpuFill]
     fills = []
     for each in sorted(bins, key=lambda each: each.state.index):
         state, filled = each.state, used.get(each.state.uuid)
-        before = fragmentation(state.geometry, state.instances) if state.mig_enabled else 0.0
+        before = fragmentation(state.geometry, state.instances)
         after = before
         if filled is not None:
             places = [place for place, _ in filled.rooms if place is not None]

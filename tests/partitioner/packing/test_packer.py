@@ -172,6 +172,18 @@ def test_what_no_change_of_its_own_lets_in_says_whose_place_it_could_have() -> N
     assert pack(swapped, [gpu()], rules()).left_out == (0,)
 
 
+def test_of_two_remedies_the_nearer_is_told() -> None:
+    bins = [gpu(mig=False), gpu(1, "a30", mig=False)]
+    beside = need("big", 70, 4, tenant="x", value=9.0)
+    walled = need("walled", 10, 40, tenant="y", isolation=Isolation.HARDWARE)
+    # 30 of its 50 GiB to fit on the small board, or a weaker wall to fit beside the big one.
+    assert "isolation: process" in left_out([beside, walled], bins)[1]
+    smaller = replace(walled, weights_bytes=14 * GIB, kv_bytes=6 * GIB)
+    _, remedy = left_out([beside, smaller], bins)
+    assert remedy.startswith("lower its KV by")
+    assert remedy.endswith("on gpu1")
+
+
 def test_every_remedy_of_random_nodes_is_true() -> None:
     tried = 0
     for seed in range(8):
