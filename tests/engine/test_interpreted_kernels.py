@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).with_name("interpreted")
-CHILD_TIMEOUT_S = 300
+CHILD_TIMEOUT_S = 900
 
 pytest.importorskip("triton", reason="triton interprets the kernels")
 

@@ -15,7 +15,7 @@ from hotbay.v1 import placement_pb2
 
 from daemon.control.actions.layouts import Layouts, plan_message
 from daemon.control.errors import ControlError, Refused
-from daemon.control.state.planning import context_tokens, facts_of
+from daemon.control.state.planning import facts_of, kv_bytes_per_token, kv_tokens
 from daemon.control.state.world import World
 from partitioner.catalogue import load_catalogue
 from partitioner.errors import DocumentError
@@ -94,10 +94,10 @@ class Placing:
             facts = facts_of(version)
         except ControlError as error:
             raise LookupError(str(error)) from error
+        worker = self._world.config.worker
+        # Beyond its window a model neither holds nor reads what its context has.
         return KnownModel(
-            facts.weights_bytes,
-            facts.kv_bytes_per_token,
-            context_tokens(facts, self._world.config.worker),
+            facts.weights_bytes, kv_bytes_per_token(facts, worker), kv_tokens(facts, worker)
         )
 
     def _bin(self, gpu: Gpu, state: GpuState) -> Bin:

@@ -148,18 +148,12 @@ def test_within_a_window_what_is_given_back_is_not_missed(captured: bool) -> Non
     )  # fmt: skip
     assert answers(engine, 5, GREEDY) == wanted
     assert engine.statistics().stepper.graphs > 0 or not captured
-    if captured:
-        cached = make_engine(RecordedGraphs(), spec=spec, pages=8, step_tokens=8)
-        assert answers(cached, 5, GREEDY) == answers(cached, 5, GREEDY) == wanted
-        assert cached.statistics().prefix_hit_tokens_total > 0
 
 
-@pytest.mark.parametrize("captured", [False, True])
-def test_over_fp8_it_draws_what_the_reference_does(captured: bool) -> None:
-    """Preempted, paused and found again, with NaN wherever nothing was stored."""
+def test_over_fp8_it_draws_what_the_reference_does() -> None:
+    """Paused and preempted, with NaN wherever nothing was stored."""
     wanted = answers(make_engine(device=False, fp8_kv=True), 5, GREEDY)
-    graphs = RecordedGraphs() if captured else None
-    engine = make_engine(graphs, fp8_kv=True, pages=16)
+    engine = make_engine(RecordedGraphs(), fp8_kv=True, pages=16)
     assert engine.layout.block_bytes < make_engine(device=False).layout.block_bytes * 4
     submit(engine, 5, GREEDY)
 
@@ -170,7 +164,6 @@ def test_over_fp8_it_draws_what_the_reference_does(captured: bool) -> None:
 
     outputs = run(engine, pause)
     assert [tokens_of(outputs[index]) for index in range(5)] == wanted
-    assert answers(engine, 5, GREEDY) == wanted
 
 
 def test_company_and_padding_change_nothing(greedy_answers: list[list[int]]) -> None:

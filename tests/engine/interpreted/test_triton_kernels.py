@@ -95,7 +95,6 @@ def stage(
         ("qwen3", 3, ()),
         ("mistral", 2, (7, 7)),
         ("qwen2", 2, (0, 7)),
-        ("qwen2", 2, (30, 7)),
     ],
 )
 def test_a_model_says_the_same_as_over_the_reference(
@@ -109,11 +108,9 @@ def test_a_model_says_the_same_as_over_the_reference(
         assert (mine - theirs).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("family", "windows"), [("qwen2", ()), ("qwen3", (7, 0))])
-def test_over_fp8_it_says_the_same_as_the_reference(
-    family: Family, windows: tuple[int, ...]
-) -> None:
+def test_over_fp8_it_says_the_same_as_the_reference() -> None:
     """But where a number lies between two of FP8's, and either may be taken."""
+    family, windows = "qwen3", (7, 0)
     spec, layout, memory = stage(family, windows, fp8=True)
     found = run(spec, TritonKernels(spec, layout, memory.clone()), 2)
     wanted = run(spec, ReferenceKernels(spec, layout, memory.clone()), 2)
