@@ -18,7 +18,7 @@ from itertools import accumulate
 from swap.arena import Region
 from swap.device import DeviceMemory
 from swap.image import Manifest
-from swap.pieces import PlacedPiece, arrival_offset_bytes, place_pieces, read_placed
+from swap.pieces import PlacedPiece, place_pieces, read_placed, run_of, run_within
 from swap.segment import Mapping
 from swap.shared_link import Turn
 from swap.transfer import COPY_BYTES_MAX, Reached, Transfer
@@ -30,9 +30,11 @@ unpacked waits for the copy, so it is shorter than where nothing is."""
 
 
 class PackedTransfer(Transfer):
-    """A transfer of a packed image into a region of `device_bytes`; bytes are those stored.
+    """A transfer of a packed image's pieces into a region; bytes are those stored.
 
-    A piece that turns out to be damaged ends it with CorruptWeights.
+    The weights' first `there_bytes` are there already: whole pieces. Of the rest it brings in as
+    many as can be unpacked within `room_bytes`, or all. A piece that turns out to be damaged ends
+    it with CorruptWeights.
     """
 
     def __init__(
@@ -45,10 +47,17 @@ class PackedTransfer(Transfer):
         *,
         growing: bool = False,
         copy_bytes_max: int | None = None,
+        there_bytes: int = 0,
+        room_bytes: int | None = None,
         turn: Turn | None = None,
         under_way: Callable[[], None] = lambda: None,
         reached: Reached = lambda place, cancelled: None,
     ) -> None:
+        self._pieces = place_pieces(manifest)
+        if room_bytes is None:
+            run = run_of(manifest, there_bytes, manifest.weights_bytes)
+        else:
+            run = run_within(manifest, there_bytes, room_bytes)
         super().__init__(
             device,
             manifest,
@@ -59,12 +68,13 @@ class PackedTransfer(Transfer):
             turn=turn,
             under_way=under_way,
             reached=reached,
-            arrival_offset_bytes=arrival_offset_bytes(manifest),
+            arrival_offset_bytes=run.arrival_offset_bytes,
+            start_bytes=run.start_bytes,
+            end_bytes=run.end_bytes,
         )
         if copy_bytes_max is None:
             behind = unpacker.pieces_ahead > 0
             self.copy_bytes_max = COPY_BYTES_MAX if behind else PACKED_COPY_BYTES_MAX
-        self._pieces = place_pieces(manifest)
         self._mapping = source
         self._unpacker = unpacker
         self._weights = region.address
@@ -73,9 +83,11 @@ class PackedTransfer(Transfer):
             per_layer[piece.tensor.layer] += 1
         self._layer_ends = list(accumulate(per_layer.values()))
         self._progress = threading.Condition()
-        self._pieces_there = 0
-        self._unpacked = 0
+        self._last = run.last
+        self._pieces_there = run.first
+        self._unpacked = run.first
         """Of the pieces, those that are complete: the first ones."""
+        self._land()
         self._copying_failed = False
         self._unpacking: Future[None] | None = None
 
@@ -91,15 +103,29 @@ class PackedTransfer(Transfer):
                 raise
             self.turn.end()  # others may copy while the last pieces are unpacked
             self._unpacking.result()
-        if self._unpacked < len(self._pieces):  # given up after the last copy
+        if self._unpacked < self._last:  # given up after the last copy
             raise self._cancellation()
-        # Layers without a piece behind the last one.
-        self.gate.land(len(self._layer_ends) - self.gate.landed_layers)
+        self._land()
+
+    @property
+    def landed_bytes(self) -> int:
+        pieces, unpacked = self._pieces, self._unpacked
+        return (
+            self._manifest.weights_bytes
+            if unpacked == len(pieces)
+            else pieces[unpacked].offset_bytes
+        )
+
+    def _land(self) -> None:
+        """Let layers be used whose pieces are all unpacked."""
+        self.gate.land(
+            bisect.bisect_right(self._layer_ends, self._unpacked) - self.gate.landed_layers
+        )
 
     def _arrived(self, end: int) -> None:
         """Have every piece unpacked that is there whole; raise what unpacking has met so far."""
         there = self._pieces_there
-        while there < len(self._pieces):
+        while there < self._last:
             piece = self._pieces[there]
             if piece.stored_offset_bytes + piece.stored_bytes > end:
                 break
@@ -116,14 +142,14 @@ class PackedTransfer(Transfer):
         Returns early, with nothing being unpacked, when no more pieces will come.
         """
         begun: collections.deque[int] = collections.deque()
-        first = 0  # of those that are begun and not complete
+        first = start = self._unpacked  # of those that are begun and not complete
         try:
-            while first < len(self._pieces):
+            while first < self._last:
                 following = first + len(begun)
                 there = self._there(following, wait=not begun)
                 if not there and not begun:
                     return
-                if not following:
+                if following == start:
                     self._reached("unpacking", self._cancelled)
                 if there and len(begun) <= self._unpacker.pieces_ahead:
                     begun.append(self._begin(self._pieces[following]))
@@ -131,8 +157,7 @@ class PackedTransfer(Transfer):
                 self._unpacker.wait(begun.popleft())
                 first += 1
                 self._unpacked = first
-                landed = bisect.bisect_right(self._layer_ends, first)
-                self.gate.land(landed - self.gate.landed_layers)
+                self._land()
             self._unpacker.check()
         finally:
             while begun:
@@ -141,7 +166,7 @@ class PackedTransfer(Transfer):
     def _there(self, index: int, *, wait: bool) -> bool:
         """Whether a piece has arrived, and is still wanted."""
         with self._progress:
-            if wait and index < len(self._pieces):
+            if wait and index < self._last:
                 self._progress.wait_for(lambda: self._pieces_there > index or self._copying_failed)
             return self._pieces_there > index and not self._cancelled.is_set()
 

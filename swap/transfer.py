@@ -26,7 +26,6 @@ from swap.errors import (
     TransferFailed,
 )
 from swap.image import Manifest
-from swap.pieces import device_bytes
 from swap.segment import Mapping, Segment
 from swap.shared_link import Link, OwnLink, Turn
 
@@ -94,8 +93,8 @@ class Transfer:
     be mapped later, first to last: it waits for them, and is told of each by `backed`.
     It copies when it has its `turn` at the link; `under_way` is called once it has had the first.
     One that is to give way to others copies few bytes a call (`copy_bytes_max`), and can be paused.
-    Of an image that is not packed it may be from `start_bytes` to `end_bytes`: what is before is
-    there already, its layers too.
+    It may be from `start_bytes` to `end_bytes` of the stored bytes: what is before is there
+    already, its layers too.
     `reached(place, cancelled)` is called by each thread before its work, "copying" or "unpacking";
     what it raises ends the transfer. `cancelled` is set when nobody wants that any more.
     Raises DeviceMisuse when the region is too small, or the source smaller than the image.
@@ -119,9 +118,9 @@ class Transfer:
         under_way: Callable[[], None] = lambda: None,
         reached: Reached = lambda place, cancelled: None,
     ) -> None:
-        needed, stored = device_bytes(manifest), manifest.stored_bytes
-        if end_bytes is not None:
-            needed = end_bytes
+        stored = manifest.stored_bytes
+        end_bytes = stored if end_bytes is None else end_bytes
+        needed = arrival_offset_bytes + end_bytes
         room = region.pages_max * device.page_bytes if growing else region.mapped_bytes
         if room < needed or source.size_bytes < stored:
             raise DeviceMisuse(
@@ -129,7 +128,7 @@ class Transfer:
                 f"{region.mapped_bytes} bytes mapped and its source {source.size_bytes}"
             )
         self.gate = LayerGate(tuple(span.layer for span in manifest.layers))
-        self.bytes_total = (stored if end_bytes is None else end_bytes) - start_bytes
+        self.bytes_total = end_bytes - start_bytes
         self.seconds = 0.0
         """How long copying took, waiting for turns apart, once it has ended."""
         self.turn: Turn = turn if turn is not None else OwnLink().turn()
@@ -163,7 +162,7 @@ class Transfer:
 
     @property
     def landed_bytes(self) -> int:
-        """Where in the image the bytes end that are there."""
+        """Where the weights end that are there."""
         return self._start + self._bytes_done
 
     @property

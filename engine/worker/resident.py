@@ -254,11 +254,10 @@ class Resident:
                 self.move(EngineStatus.STAGED)
 
     def give(self, pages: int) -> int:
-        """Give up to so many pages of a spare model's weights back, from the last one on; packed
-        weights go all at once. Returns bytes of weights."""
+        """Give up to so many pages of a spare model's weights back, from the last one on. Returns
+        bytes of weights."""
         self.settle()
-        packed, kept = self.weights.manifest.packed, self.weights.pages - pages
-        if kept <= 0 or packed or not self.weights.staged_bytes:
+        if self.weights.pages <= pages or not self.weights.staged_bytes:
             return self.evict()
         return self.weights.shrink(pages)
 

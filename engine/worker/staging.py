@@ -97,14 +97,10 @@ class Staging:
                 raise InvalidState(f"{model} is {present.status} here already", model=model)
         elif present is not None and present.pages and not present.spare:
             raise InvalidState(f"{model} is on the device, with other limits", model=model)
-        room, manifest = residency.room, residency.manifest(self._spec)
-        if self._bytes_max and manifest.packed:
-            raise InvalidState(
-                f"{model} is packed and can be staged as a whole only: leave bytes and layers out",
-                model=model,
-            )
+        room = residency.room
         resident = residency.make(self._spec)
-        pages = room.pool.pages_for(self._wanted_bytes(resident)) - resident.weights.pages
+        weights = resident.weights
+        pages = weights.pages_for(self._wanted_bytes(resident)) - weights.pages
         room.plan_staging(self._spec, pages * room.pool.page_bytes, displace=self._displace)
         resident.claimed = True  # its own pages are not spare for it
         self.journal.evicted_bytes = room.drop_spares(pages - room.pool.free_pages)
@@ -118,10 +114,9 @@ class Staging:
         return weights.whole or weights.staged_bytes >= self._wanted_bytes(resident)
 
     def _wanted_bytes(self, resident: Resident) -> int:
-        """Of the memory for its weights, what is to be filled."""
-        most = resident.weights.pages_max * self._residency.pool.page_bytes
-        wanted = min(self._bytes_max or most, most)
-        return wanted if wanted < resident.weights.size_bytes else most
+        """Of its weights, what is to be there."""
+        size_bytes = resident.weights.size_bytes
+        return min(self._bytes_max or size_bytes, size_bytes)
 
     def _bring_in(self, resident: Resident) -> Waits:
         self.order.enter(Stage.COPYING)

@@ -17,7 +17,7 @@ from engine.worker.measures import weight_views
 from swap.arena import PagePool, Region
 from swap.errors import SwapError
 from swap.packed_transfer import PackedTransfer
-from swap.pieces import device_bytes
+from swap.pieces import device_bytes, run_of, stored_bytes_behind, whole_pieces_bytes
 from swap.shared_link import Turn
 from swap.transfer import Reached, Transfer
 
@@ -82,8 +82,10 @@ class ResidentWeights:
 
     @property
     def copy_bytes(self) -> int:
-        """What has to be copied before they are whole; packed weights come all at once."""
-        return 0 if self.whole else self.manifest.stored_bytes - self._there_bytes
+        """What has to be copied before they are whole."""
+        if self.whole or not self.manifest.packed:
+            return self.size_bytes - self._there_bytes
+        return stored_bytes_behind(self.manifest, self._there_bytes)
 
     @property
     def landing(self) -> bool:
@@ -100,10 +102,15 @@ class ResidentWeights:
         """Give the last pages back; returns bytes of weights. Nothing may be copying into them."""
         before = self.mapped_bytes
         self._region.shrink(pages)
-        self._there_bytes = min(self._there_bytes, self._region.mapped_bytes)
-        if self.manifest.packed and pages:
-            self._there_bytes = 0
+        self._keep(self._region.mapped_bytes)
         return before - self.mapped_bytes
+
+    def pages_for(self, wanted_bytes: int) -> int:
+        """Pages in which the first `wanted_bytes` can be brought in, with what is there."""
+        if self.manifest.packed:
+            run = run_of(self.manifest, self._there_bytes, wanted_bytes)
+            wanted_bytes = max(run.room_bytes, min(wanted_bytes, self._there_bytes))
+        return self._pool.pages_for(wanted_bytes)
 
     def load(
         self,
@@ -128,6 +135,8 @@ class ResidentWeights:
                 unpacker,
                 growing=growing,
                 copy_bytes_max=copy_bytes_max,
+                there_bytes=self._there_bytes,
+                room_bytes=self._region.mapped_bytes if staging else None,
                 turn=turn,
                 under_way=under_way,
                 reached=reached,
@@ -166,9 +175,15 @@ class ResidentWeights:
         transfer.cancel()
         with contextlib.suppress(SwapError):  # whoever waits for it hears of it
             transfer.join()
-        if not self.manifest.packed:
-            last = (self.pages_max - 1) * self._pool.page_bytes
-            self._there_bytes = min(transfer.landed_bytes, last)
+        self._there_bytes = transfer.landed_bytes
+        self._keep(min((self.pages_max - 1) * self._pool.page_bytes, self.size_bytes - 1))
+
+    def _keep(self, most_bytes: int) -> None:
+        """Of what is there at most so many bytes go on counting, and only whole pieces."""
+        if self._there_bytes > most_bytes:
+            packed = self.manifest.packed
+            kept = whole_pieces_bytes(self.manifest, most_bytes) if packed else most_bytes
+            self._there_bytes = kept
 
     def release(self) -> None:
         """Give pages and addresses back."""

@@ -80,10 +80,11 @@ def test_who_was_active_last_is_staged_first_where_most_is_free() -> None:
     assert choose(spares, candidates) == [Choice("b", "q"), Choice("c", "p")]
     assert choose(spares, candidates[:1]) == [Choice("a", "q")]
     assert choose([], candidates) == []
-    # Of what does not fit the first bytes that do, but of packed weights all or nothing.
+    # Of what does not fit the first bytes that do; packed weights need room to be unpacked.
     assert choose(spares[:1], candidates[1:2]) == [Choice("b", "p", 4 * MIB)]
-    packed = dataclasses.replace(candidates[1], packed=True)
-    assert choose(spares[:1], [packed]) == []
+    packed = dataclasses.replace(candidates[1], beside_bytes=3 * MIB)
+    assert choose(spares[:1], [packed]) == [Choice("b", "p", MIB)]
+    assert choose(spares[:1], [dataclasses.replace(packed, beside_bytes=4 * MIB)]) == []
     assert choose([Spare("p", MIB, 0, both)], candidates) == []
 
 

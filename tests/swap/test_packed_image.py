@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import swap.cached_image
@@ -32,7 +31,7 @@ from swap.image import (
 )
 from swap.image_check import verify_image
 from swap.packed_transfer import PackedTransfer
-from swap.pieces import arrival_offset_bytes, device_bytes, place_pieces
+from swap.pieces import device_bytes, place_pieces
 from swap.segment import Segment
 from swap.store import HostStore
 from swap.unpacking import HostUnpacker
@@ -166,29 +165,38 @@ def test_only_bfloat16_is_packed():
             plan_image(RECIPES, dtype, {}, piece_weights=piece)
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5 * BLOCK)), min_size=1, max_size=12),
-    st.randoms(use_true_random=False),
-)
-def test_no_weights_reach_into_what_is_still_packed(items, choose):
-    recipes = [
-        TensorRecipe(f"t{index}", layer, (), (count,)) for index, (layer, count) in enumerate(items)
-    ]
-    layout = plan_image(recipes, "bfloat16", {}, piece_weights=2 * BLOCK)
-    pieces = {
-        entry.name: tuple(choose.randint(1, size) for size in entry.pieces)
-        for entry in layout.tensors
-    }
-    manifest = complete(layout, {entry.name: entry.checksum for entry in layout.tensors}, pieces)
-    base = arrival_offset_bytes(manifest)
-    for piece in place_pieces(manifest):
-        assert piece.offset_bytes + piece.weights_bytes <= base + piece.stored_offset_bytes
-    assert manifest.weights_bytes <= device_bytes(manifest) <= device_bytes(layout)
-    longest = max((piece.weights_bytes for piece in place_pieces(manifest)), default=0)
-    padding = 4096 * (len(manifest.layers) + 2) + 256 * len(manifest.tensors)
-    assert device_bytes(layout) <= manifest.weights_bytes + longest + padding
-    assert segment_bytes(manifest) <= segment_bytes(layout)
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_the_weights_arrive_in_parts(stage, small_copies, cancelled):
+    first, manifest, region, expected = stage()
+    device, mapping, stored = region.pool.device, first._mapping, 0
+    there = 0
+    for room_bytes in (manifest.weights_bytes // 3, manifest.weights_bytes // 3 * 2, None):
+        transfer = PackedTransfer(
+            device,
+            manifest,
+            mapping,
+            region,
+            HostUnpacker(),
+            there_bytes=there,
+            room_bytes=room_bytes,
+        )
+        before = [span.offset_bytes + span.bytes <= there for span in manifest.layers]
+        assert transfer.gate.landed_layers >= sum(before) - 1
+        if cancelled and room_bytes is not None:
+            transfer.cancel()
+        transfer.start()
+        with contextlib.suppress(TransferCancelled):
+            transfer.join()
+        assert transfer.landed_bytes >= there
+        there = transfer.landed_bytes
+        stored += transfer.bytes_total
+        assert transfer.complete == (room_bytes is None)
+        found = ctypes.string_at(region.address, there)
+        for entry in manifest.tensors:
+            end = min(entry.offset_bytes + entry.size_bytes, there)
+            assert found[entry.offset_bytes : end] == expected[entry.offset_bytes : end]
+    assert there == manifest.weights_bytes
+    assert cancelled or stored == manifest.stored_bytes
 
 
 def test_the_weights_arrive_unpacked_layer_by_layer(stage, small_copies):

@@ -358,6 +358,29 @@ def test_of_weights_that_are_staged_in_part_a_swap_copies_the_rest(
     one.finish()
 
 
+def test_of_packed_weights_that_are_staged_in_part_a_swap_copies_the_rest(
+    bench: Callable[..., Bench], poem: Model, verse: Model
+) -> None:
+    one = bench(40, 64 * MIB, more=[verse], strict=True)
+    begin(one, poem)
+    manifest = verse.image.manifest
+    part = one.stage(verse, bytes_max=PAGE // 2).ledger.copied_bytes
+    assert 0 < part < manifest.stored_bytes
+    state, pages = one.resident(verse).state(), one.resident(verse).pages
+    assert (state.status, state.copy_bytes) == (EngineStatus.STAGED, manifest.stored_bytes - part)
+    assert PAGE // 2 <= state.staged_bytes < pages * PAGE
+    more = one.stage(verse).ledger
+    assert (more.copied_bytes, more.staged_bytes) == (state.copy_bytes, state.staged_bytes)
+    # Given back page by page, whole pieces stay.
+    assert one.residency.room.drop_spares(1) > 0
+    left = one.resident(verse).state()
+    assert 0 < left.staged_bytes <= (one.resident(verse).pages) * PAGE
+    there = one.swap(poem, verse).ledger
+    assert (there.copied_bytes, there.staged_bytes) == (left.copy_bytes, left.staged_bytes)
+    one.submit(verse, PROMPTS[1], 20)
+    one.finish()
+
+
 def test_staging_goes_on_where_it_ended_and_pages_are_given_from_the_last_one(
     bench: Callable[..., Bench], poem: Model, tale: Model
 ) -> None:

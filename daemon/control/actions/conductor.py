@@ -207,7 +207,9 @@ class Conductor:
         weights = dataclasses.replace(world.incoming(version), kv_bytes_min=0)
         wanted = intent.stage_bytes or world.first_bytes(version, intent.stage_layers)
         if 0 < wanted < weights.weights_bytes:
-            weights = dataclasses.replace(weights, weights_bytes=wanted, copy_bytes=wanted)
+            # Of packed weights fewer bytes cross the link.
+            copied = wanted * (weights.copy_bytes or weights.weights_bytes) // weights.weights_bytes
+            weights = dataclasses.replace(weights, weights_bytes=wanted, copy_bytes=copied)
         placement = world.placements.get(key)
         if placement is not None:
             state = world.state(version)[0]

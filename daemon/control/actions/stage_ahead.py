@@ -21,6 +21,7 @@ from daemon.control.state.records import Cause, Intent, Kind
 from daemon.control.state.running import Request
 from daemon.control.state.world import World
 from swap.errors import SwapError
+from swap.pieces import unpacking_bytes
 
 LOOK_INTERVAL_S = 0.5
 IDLE_S = 1.0
@@ -37,7 +38,8 @@ class Candidate:
     model: str
     weights_bytes: int
     active_s: float
-    packed: bool = False
+    beside_bytes: int = 0
+    """Memory that bringing weights in takes beside them."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def choose(spares: Iterable[Spare], candidates: Iterable[Candidate]) -> list[Cho
     """What to stage now: who was ACTIVE last comes first, where most is free.
 
     Each partition gets one model at a time, each model one partition. Where a model does not fit
-    its first layers are staged, unless it is packed.
+    its first layers are staged.
     """
     left = {spare.partition: spare for spare in spares}
     chosen: list[Choice] = []
@@ -75,13 +77,12 @@ def choose(spares: Iterable[Spare], candidates: Iterable[Candidate]) -> list[Cho
         fitting = [
             spare
             for spare in left.values()
-            if candidate.model in spare.mapped
-            and spare.pages_free
-            and (not candidate.packed or candidate.weights_bytes <= spare.bytes_free)
+            if candidate.model in spare.mapped and spare.bytes_free > candidate.beside_bytes
         ]
         if fitting:
             best = max(fitting, key=lambda each: (each.bytes_free, each.partition))
-            part = best.bytes_free if candidate.weights_bytes > best.bytes_free else 0
+            room_bytes = best.bytes_free - candidate.beside_bytes
+            part = room_bytes if candidate.weights_bytes > room_bytes else 0
             chosen.append(Choice(candidate.model, best.partition, part))
             del left[best.partition]
     return chosen
@@ -150,7 +151,7 @@ class StageAhead:
                 version.key,
                 version.facts.weights_bytes,
                 world.left_s.get(version.key, 0.0),
-                packed=world.store.manifest(version.digest).packed,
+                unpacking_bytes(world.store.manifest(version.digest)),
             )
             for version in world.registry.versions()
             if version.facts is not None
