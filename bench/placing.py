@@ -231,7 +231,7 @@ def main() -> int:
         "behind walls in hardware": loads(rules, options.arrivals, walled=True),
         "in MPS shares": loads(rules, options.arrivals, walled=False),
     }
-    what = f"{MODELS} models on {GPUS} GPUs"
+    what = f"{MODELS} models on {GPUS} GPUs, processor time"
     figures = [
         Figure(
             f"{what}, worst of {NODES}",
