@@ -22,6 +22,7 @@ from partitioner.errors import NvmlBusyError, NvmlClosedError, NvmlTimeoutError
 from partitioner.geometry import Geometry, Instance
 from partitioner.gpu import Gpu, NvmlDriver, Telemetry
 from partitioner.nvml import PynvmlReader
+from partitioner.nvml_gate import NvmlGate
 from partitioner.nvml_health import HealthReadings
 from partitioner.readings import GpuReadings
 
@@ -138,8 +139,11 @@ class BoundedNvml:
         open_reader: Callable[[], NvmlDriver] = PynvmlReader,
         deadline_s: float = DEFAULT_DEADLINE_S,
         max_waiting: int = MAX_WAITING_CALLS,
+        gate: NvmlGate | None = None,
     ) -> None:
         self._open_reader = open_reader
+        self.gate = gate or NvmlGate()
+        """For whoever else opens NVML in this process; the reader's own."""
         self._reader: NvmlDriver | None = None
         self._calls = CallThread("NVML", deadline_s, max_waiting)
 

@@ -27,6 +27,7 @@ from partitioner.errors import (
 from partitioner.geometry import Geometry, Instance
 from partitioner.gpu import Gpu, GpuHealth, Telemetry
 from partitioner.nvml_facts import call, call_optional, read_ancestor, read_gpu, read_memory
+from partitioner.nvml_gate import NvmlGate
 from partitioner.nvml_health import HealthReadings, read_health
 from partitioner.nvml_instances import read_geometry, read_instances
 from partitioner.pcie import links
@@ -47,11 +48,13 @@ _OF_THE_LIBRARY = frozenset(
 class PynvmlReader:
     """An `NvmlDriver` over pynvml. Not for use from several threads at once.
 
-    Raises `NvmlUnavailableError` on a host without a usable library.
+    Raises `NvmlUnavailableError` on a host without a usable library. Whoever else opens NVML in
+    this process does so through `gate`.
     """
 
-    def __init__(self, resetter: Resetter | None = None) -> None:
+    def __init__(self, resetter: Resetter | None = None, gate: NvmlGate | None = None) -> None:
         self._resetter = resetter or SmiResetter()
+        self._gate = gate or NvmlGate()
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
@@ -180,7 +183,7 @@ class PynvmlReader:
 
     def reset_gpu(self, uuid: str, generation: int) -> None:
         """Reset a GPU. NVML is let go of meanwhile: this process too would be in the way."""
-        with self._changing(uuid, generation):
+        with self._changing(uuid, generation), self._gate.alone():
             self._handles.clear()
             call("nvmlShutdown")
             try:

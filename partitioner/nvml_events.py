@@ -19,6 +19,8 @@ from typing import Any
 
 import pynvml
 
+from partitioner.nvml_gate import NvmlGate
+
 WAIT_MS = 200
 RETRY_S = 5.0
 CLOSE_TIMEOUT_S = 5.0
@@ -48,7 +50,9 @@ class EventThread:
         heard: Callable[[XidEvent], None],
         lost: Callable[[], None],
         retry_s: float = RETRY_S,
+        gate: NvmlGate | None = None,
     ) -> None:
+        self._gate = gate or NvmlGate()
         self._heard = heard
         self._lost = lost
         self._retry_s = retry_s
@@ -71,14 +75,16 @@ class EventThread:
     def _run(self) -> None:
         while not self._closing.is_set():
             try:
-                pynvml.nvmlInit()
+                self._open_and_hear()
             except pynvml.NVMLError as error:
                 self._pause(error)
-                continue
+
+    def _open_and_hear(self) -> None:
+        """Until something changes, or NVML is to be let go of."""
+        with self._gate.using():
+            pynvml.nvmlInit()
             try:
                 self._hear()
-            except pynvml.NVMLError as error:
-                self._pause(error)
             finally:
                 with suppress(pynvml.NVMLError):
                     pynvml.nvmlShutdown()
@@ -91,7 +97,7 @@ class EventThread:
             until_s = time.monotonic() + (self._retry_s if missing else math.inf)
             self.hearing.set()
             self._told = False
-            while not self._closing.is_set() and time.monotonic() < until_s:
+            while not (self._closing.is_set() or self._gate.wanted) and time.monotonic() < until_s:
                 try:
                     found = pynvml.nvmlEventSetWait_v2(events, WAIT_MS)
                 except pynvml.NVMLError as error:

@@ -21,6 +21,7 @@ from daemon.control.notify import Notifier
 from daemon.control.state.journal import Journal
 from partitioner.bounded import BoundedNvml
 from partitioner.nvml import PynvmlReader
+from partitioner.nvml_gate import NvmlGate
 from partitioner.resetting import resetter_of
 from partitioner.simulated.node import SimulatedNode
 
@@ -50,7 +51,8 @@ async def serve(
     loop.add_signal_handler(signal.SIGUSR2, on_handover)
     loop.add_signal_handler(signal.SIGHUP, lambda: log.info("SIGHUP is ignored"))
     watchdog = asyncio.create_task(_run_watchdog(notifier), name="watchdog")
-    nvml = BoundedNvml(lambda: PynvmlReader(resetter_of(simulated)))
+    gate = NvmlGate()
+    nvml = BoundedNvml(lambda: PynvmlReader(resetter_of(simulated), gate), gate=gate)
     journal, contents = await Journal.open(config.state_dir)
     gpus = await nvml.discover()
     node = Node(config, notifier, nvml, gpus, journal, contents, version, simulated=simulated)

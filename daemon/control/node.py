@@ -175,7 +175,7 @@ class Node:
         self._health = Health(
             world, nvml, journal, self._router, self._steps, load_xids(), self._health_changed
         )
-        self._xids = XidListener(self._health)
+        self._xids = XidListener(self._health, nvml.gate)
         self._server = make_server(
             world,
             self._operations,

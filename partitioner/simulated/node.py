@@ -186,6 +186,8 @@ class SimulatedNode:
                 self.make_instance(gpu, number, place)
                 for number, place in enumerate(described.instances, start=1)
             )
+        self.opened = 0
+        """How often its library is initialised now."""
         # Symbols that this node's library lacks, to play an older driver.
         self.hidden_symbols: frozenset[str] = frozenset()
         self._sleep = sleep
@@ -241,8 +243,11 @@ class SimulatedNode:
             gpu.processes = tuple(each for each in gpu.processes if each.pid not in pids)
 
     def reset(self, gpu: SimulatedGpu) -> bool:
-        """Reset a GPU that nobody uses: its instances go, and the MIG mode that waits comes."""
-        if gpu.processes or gpu.lost:
+        """Reset a GPU that nobody uses: its instances go, and the MIG mode that waits comes.
+
+        Whoever has the library open uses it, as on a real host.
+        """
+        if gpu.processes or gpu.lost or self.opened:
             return False
         gpu.mig_current = gpu.mig_pending
         if gpu.health.recovery_action is not None:

@@ -146,12 +146,14 @@ class SimulatedLibrary:
     def _init(self) -> None:
         with self._lock:
             self._inits += 1
+            self.node.opened = self._inits
 
     def _shutdown(self) -> None:
         with self._lock:
             if self._inits == 0:
                 raise Status(pynvml.NVML_ERROR_UNINITIALIZED)
             self._inits -= 1
+            self.node.opened = self._inits
 
     def _error_string(self, code: int) -> int:
         """Return the address of a string that lives as long as the library, as NVML's do."""

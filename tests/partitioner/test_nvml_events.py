@@ -12,6 +12,7 @@ import pytest
 from partitioner.bounded import BoundedNvml
 from partitioner.errors import GpuLostError
 from partitioner.nvml_events import EventThread, XidEvent
+from partitioner.nvml_gate import NvmlGate
 from partitioner.nvml_health import HealthReadings
 from partitioner.recovery_action import RecoveryAction
 from partitioner.simulated import trouble
@@ -48,6 +49,23 @@ def test_xids_are_heard_in_order_with_their_gpu(node: SimulatedNode, ear: Ear) -
         trouble.report_xid(node, gpu, xid)
     assert ear.next() == XidEvent(node.gpus[1].uuid, 94, None)
     assert ear.next() == XidEvent(node.gpus[0].uuid, 31, None)
+
+
+def test_nvml_is_let_go_of_while_a_gpu_is_reset(node: SimulatedNode) -> None:
+    gate, heard = NvmlGate(), queue.Queue[XidEvent | None]()
+    thread = EventThread(heard.put, lambda: heard.put(None), retry_s=0.01, gate=gate)
+    thread.start()
+    try:
+        assert thread.hearing.wait(TIMEOUT_S)
+        assert not node.reset(node.gpus[0]), "it is open in this thread"
+        thread.hearing.clear()
+        with gate.alone():
+            assert node.reset(node.gpus[0])
+        assert thread.hearing.wait(TIMEOUT_S)
+        trouble.report_xid(node, "gpu1", 94)
+        assert heard.get(timeout=TIMEOUT_S) == XidEvent(node.gpus[1].uuid, 94, None)
+    finally:
+        thread.close()
 
 
 def test_a_lost_gpu_does_not_deafen(node: SimulatedNode, ear: Ear) -> None:

@@ -23,6 +23,7 @@ from daemon.control.state.journal import Journal
 from engine.link import routes
 from partitioner.bounded import BoundedNvml
 from partitioner.nvml import PynvmlReader
+from partitioner.nvml_gate import NvmlGate
 from partitioner.resetting import SimulatedResetter
 from partitioner.simulated.install import installed
 from partitioner.simulated.node import SimulatedNode
@@ -183,7 +184,9 @@ class Theatre:
         config = self.config()
         config.state_dir.mkdir(exist_ok=True)
         journal, contents = await Journal.open(config.state_dir)
-        self._nvml = BoundedNvml(lambda: PynvmlReader(SimulatedResetter(self.board)))
+        gate = NvmlGate()
+        resetter = SimulatedResetter(self.board)
+        self._nvml = BoundedNvml(lambda: PynvmlReader(resetter, gate), gate=gate)
 
         def make_fleet(
             commands: Commands, partitions: tuple[str, ...], events: FleetEvents

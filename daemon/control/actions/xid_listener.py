@@ -11,6 +11,7 @@ import logging
 
 from daemon.control.actions.health import Health
 from partitioner.nvml_events import EventThread, XidEvent
+from partitioner.nvml_gate import NvmlGate
 
 EVENTS_WAITING_MAX = 1024
 
@@ -20,8 +21,9 @@ log = logging.getLogger(__name__)
 class XidListener:
     """Run `run` as a task."""
 
-    def __init__(self, health: Health) -> None:
+    def __init__(self, health: Health, gate: NvmlGate) -> None:
         self._health = health
+        self._gate = gate
         self._events: asyncio.Queue[XidEvent] = asyncio.Queue(EVENTS_WAITING_MAX)
 
     async def run(self) -> None:
@@ -34,7 +36,7 @@ class XidListener:
         def lost() -> None:
             loop.call_soon_threadsafe(self._health.look_soon)
 
-        thread = EventThread(heard, lost)
+        thread = EventThread(heard, lost, gate=self._gate)
         thread.start()
         try:
             while True:
