@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def test_what_asks_for_a_restart_is_paused_proven_and_goes_on(tmp_path: Path) ->
         await load(api, "prose")
         await load(api, "code", "gpu1")
         stage = api.stage
+        await until(lambda: disposition(api, "prose") == "serve")
+        stage.gateway.tables[:-1] = []
         stage.worker.received.clear()
         stage.workers["gpu1"].received.clear()
         trouble.report_xid(stage.board, "gpu0", 94)
@@ -93,9 +96,9 @@ def test_what_asks_for_a_restart_is_paused_proven_and_goes_on(tmp_path: Path) ->
         assert asked == ["Drain", "MeasureLink", "Resume"]
         await until(lambda: disposition(api, "prose") == "serve")
         # Requests were held from before the drain until the proof.
-        assert stage.gateway.history("prose@1")[-2:] == ["hold", "serve"]
+        assert stage.gateway.history("prose@1") == ["serve", "hold", "serve"]
         assert set(stage.workers["gpu1"].received) <= {"Describe"}
-        assert stage.gateway.history("code@1")[-1] == "serve"
+        assert stage.gateway.history("code@1") == ["serve"]
         stage.gateway.metrics = asyncio.get_running_loop().create_future()
         assert stage.fleet.restarted == []
         text = stage.node._metrics.text()
@@ -196,16 +199,18 @@ def test_a_tables_reset_waits_for_the_drivers_word_through_a_restart(tmp_path: P
         journal, contents = await Journal.open(tmp_path / "state")
         await journal.close()
         assert [each.state for each in contents.units] == [HealthState.RECOVERING]
-        before = len(stage.gateway.tables)
+        stage.gateway.tables.clear()
+        stage.worker.received.clear()
         await stage.start()
         await hearing(stage.board)
         assert state(api) is HealthState.RECOVERING
-        assert {disposition(api, "prose") for _ in stage.gateway.tables[before:]} == {"hold"}
+        assert stage.gateway.history("prose@1") == ["hold"]
         assert not stage.node.world.placements["prose@1"].drained
         # The driver has nothing to add: XID 154 says that it looked.
         trouble.report_xid(stage.board, "gpu0", 154)
         await becomes(api, HealthState.HEALTHY)
         await until(lambda: stage.worker.active() == ["prose@1"])
+        assert "Exchange" not in stage.worker.received, "what is paused is not loaded over"
         await until(lambda: disposition(api, "prose") == "serve")
         await stage.kill()
         journal, contents = await Journal.open(tmp_path / "state")
@@ -214,6 +219,18 @@ def test_a_tables_reset_waits_for_the_drivers_word_through_a_restart(tmp_path: P
         await stage.start()
 
     play(tmp_path, scenario, "prose")
+
+
+def test_what_is_cut_on_a_gpu_in_trouble_is_in_trouble(tmp_path: Path) -> None:
+    async def scenario(api: Api) -> None:
+        world = api.stage.node.world
+        trouble.report_xid(api.stage.board, "gpu0", 109)
+        await becomes(api, HealthState.RECOVERING)
+        cut = dataclasses.replace(world.partitions["gpu0"], id="gpu0/3g.71gb@4")
+        world.repartition([cut, world.partitions["gpu1"]])
+        await until(lambda: set(world.closures.taints) == {cut.id})
+
+    play(tmp_path, scenario)
 
 
 def test_a_table_alone_asks_for_an_operator(tmp_path: Path) -> None:

@@ -191,6 +191,8 @@ class Health:
 
     async def _poll(self) -> None:
         """Read every GPU; report what drivers do not report by themselves."""
+        if self.book.records:
+            self._retaint()  # Partitions may have been cut anew.
         if any(gpu.health is not GpuHealth.OK for gpu in self._world.gpus):
             self._world.gpus = await self._steps.discover()
         for gpu in self._world.gpus:
