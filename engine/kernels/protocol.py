@@ -41,7 +41,7 @@ class Kernels(Protocol):
     def linear(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[n, in] by a weight [out, in] to [n, out]."""
+        """[n, in] by a weight [out, in] to [n, out], whichever of its dimensions lies closest."""
 
     def add_rms_norm(
         self, rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float

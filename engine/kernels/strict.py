@@ -25,7 +25,10 @@ enough on a processor that one request alone does not wait long for rows that ar
 
 
 def of_fixed_rows(linear: Linear, rows_fixed: int) -> Linear:
-    """`linear`, called with `rows_fixed` rows each time."""
+    """`linear`, called with `rows_fixed` rows each time, that lie row by row on either side.
+
+    How numbers lie decides which of them an operation takes as vectors and which one by one.
+    """
 
     def fixed(
         rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -34,10 +37,11 @@ def of_fixed_rows(linear: Linear, rows_fixed: int) -> Linear:
         whole = max(rows_fixed, -(-count // rows_fixed) * rows_fixed)
         if whole != count:
             rows = functional.pad(rows, (0, 0, 0, whole - count))
+        rows = rows.contiguous()
         if whole == rows_fixed:
-            return linear(rows, weight, bias)[:count]
+            return linear(rows, weight, bias).contiguous()[:count]
         parts = [
-            linear(rows[first : first + rows_fixed], weight, bias)
+            linear(rows[first : first + rows_fixed], weight, bias).contiguous()
             for first in range(0, whole, rows_fixed)
         ]
         return torch.cat(parts)[:count]

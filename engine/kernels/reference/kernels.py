@@ -75,13 +75,13 @@ class ReferenceKernels:
     def add_rms_norm(
         self, rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
     ) -> torch.Tensor:
-        return dense.rms_norm(residual.add_(rows), weight, epsilon)
+        return dense.rms_norm(residual.add_(rows.contiguous()), weight, epsilon)
 
     def rotate_and_store(
         self, layer: int, qkv: torch.Tensor, norms: NormWeights | None, epsilon: float, plan: Plan
     ) -> torch.Tensor:
         spec = self._spec
-        heads = qkv.view(len(qkv), spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        heads = qkv.contiguous().view(len(qkv), spec.heads + 2 * spec.kv_heads, spec.head_dim)
         turned, values = heads[:, : -spec.kv_heads], heads[:, -spec.kv_heads :]
         if norms is not None:
             query, key = turned[:, : spec.heads], turned[:, spec.heads :]

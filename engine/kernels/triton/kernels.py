@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as functional
 
 from engine.device_tensors import placed
 from engine.errors import DeviceUnsuitable
 from engine.kernels.kv_scales import no_scales
 from engine.kernels.protocol import NormWeights, Span
-from engine.kernels.reference.dense import choose_linear
+from engine.kernels.reference.dense import Linear
 from engine.kernels.reference.rotary import frequencies
 from engine.kernels.strict import STRICT_ROWS, of_fixed_rows
 from engine.kernels.triton.add_rms_norm import add_rms_norm
@@ -118,7 +119,7 @@ class TritonKernels:
             window: replace(self._prefill, window_tokens=window) for window in self._windows
         }
         self._frequencies = frequencies(spec.rope, spec.head_dim).to(self._device)
-        self._linear = choose_linear(getattr(torch, layout.dtype), self._device)
+        self._linear: Linear = functional.linear
         if strict:
             self._linear = of_fixed_rows(self._linear, STRICT_ROWS[self._device.type])
         self._programs = _programs(self._device)
