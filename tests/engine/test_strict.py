@@ -146,6 +146,9 @@ def test_products_of_fixed_rows(dtype: torch.dtype) -> None:
         part = fixed(rows[first : first + count], weight, bias)
         assert torch.equal(part, whole[first : first + count])
     assert fixed(rows[:0], weight).shape == (0, 48)
+    columns = rows[:16].t().contiguous().t()
+    assert torch.equal(fixed(columns, weight, bias), whole[:16])
+    assert fixed(columns, weight).is_contiguous()
 
 
 def test_steps_of_a_strict_engine_are_bounded() -> None:

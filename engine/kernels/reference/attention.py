@@ -105,14 +105,19 @@ def entered_blocks(spans: Sequence[Span], slots: int) -> list[int]:
     return entered
 
 
+Stored = tuple[torch.Tensor, torch.Tensor | None]
+"""Rows of a layer's keys or values over all pages, and the scales of those that are FP8."""
+
+
 class Gathering:
-    """Attention over gathered keys and values, with buffers that are kept between steps."""
+    """Attention over gathered keys, and then values, in one buffer that is kept between steps: what
+    is gathered to the same place again is written to the cache alone."""
 
     def __init__(self, kv: PagedKv, heads: int) -> None:
         self._kv = kv
         self._heads = heads
         self._scale = kv.layout.head_dim**-0.5
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._buffer = torch.empty(0, dtype=kv.keys[0].dtype, device=kv.device)
 
     def attend(
         self,
@@ -123,61 +128,54 @@ class Gathering:
     ) -> torch.Tensor:
         """[tokens, heads, head_dim] to [tokens, heads * head_dim]; `scales` [K and V, kv_heads] are
         of keys and values that are stored as FP8."""
+        keys: Stored = (self._kv.keys[layer], None if scales is None else scales[0])
+        values: Stored = (self._kv.values[layer], None if scales is None else scales[1])
         parts = []
         for group in groups:
-            keys, values = self._gather(layer, group)
-            if scales is not None:
-                shape = (group.sequences, self._kv.layout.kv_heads, group.slots, -1)
-                keys = from_fp8(keys.view(shape), scales[0], queries.dtype)
-                values = from_fp8(values.view(shape), scales[1], queries.dtype)
-            own = queries[group.tokens]
             compute = self._decode if group.queries == 1 else self._prefill
-            parts.append(compute(own, keys, values, group))
+            parts.append(compute(queries[group.tokens], keys, values, group))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _gather(self, layer: int, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, width = group.gather.numel(), self._kv.row
-        if self._buffers is None or self._buffers[0].numel() < rows * width:
-            size = 1 << (rows * width - 1).bit_length()
-            dtype = self._kv.keys[layer].dtype
-            device = self._kv.device
-            self._buffers = (
-                torch.empty(size, dtype=dtype, device=device),
-                torch.empty(size, dtype=dtype, device=device),
-            )
-        keys, values = (buffer[: rows * width].view(rows, width) for buffer in self._buffers)
-        torch.index_select(self._kv.keys[layer], 0, group.gather, out=keys)
-        torch.index_select(self._kv.values[layer], 0, group.gather, out=values)
-        return keys, values
+    def _gather(
+        self, stored: Stored, group: Group, dtype: torch.dtype, place: int = 0
+    ) -> torch.Tensor:
+        """Keys or values of a group, at `place` of the buffer: [sequences, heads, slots, dim]."""
+        rows, scales = stored
+        size = group.gather.numel() * self._kv.row
+        if self._buffer.numel() < 2 * size:
+            self._buffer = self._buffer.new_empty(2 << (size - 1).bit_length())
+        gathered = self._buffer[place * size : (place + 1) * size]
+        torch.index_select(rows, 0, group.gather, out=gathered.view(-1, self._kv.row))
+        heads = gathered.view(group.sequences, self._kv.layout.kv_heads, group.slots, -1)
+        return heads if scales is None else from_fp8(heads, scales, dtype)
 
     def _decode(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: Group
+        self, queries: torch.Tensor, keys: Stored, values: Stored, group: Group
     ) -> torch.Tensor:
         """One query each: the query heads of a key head are the rows of one small product."""
-        heads, dim = self._kv.layout.kv_heads, self._kv.layout.head_dim
-        pairs = group.sequences * heads
-        rows = queries.reshape(pairs, self._heads // heads, dim)
-        keys = keys.view(pairs, group.slots, dim)
-        values = values.view(pairs, group.slots, dim)
-        scores = torch.baddbmm(group.mask, rows, keys.transpose(1, 2), alpha=self._scale)
-        attended = torch.bmm(torch.softmax(scores, dim=-1), values)
+        heads, dim, dtype = self._kv.layout.kv_heads, self._kv.layout.head_dim, queries.dtype
+        rows = queries.reshape(group.sequences * heads, self._heads // heads, dim)
+        seen = self._gather(keys, group, dtype).flatten(0, 1)
+        scores = torch.baddbmm(group.mask, rows, seen.transpose(1, 2), alpha=self._scale)
+        weights = torch.softmax(scores, dim=-1)
+        attended = torch.bmm(weights, self._gather(values, group, dtype).flatten(0, 1))
         return attended.view(group.sequences, self._heads * dim)
 
     def _prefill(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: Group
+        self, queries: torch.Tensor, keys: Stored, values: Stored, group: Group
     ) -> torch.Tensor:
-        heads, dim = self._kv.layout.kv_heads, self._kv.layout.head_dim
+        dtype = queries.dtype
         if group.padded is not None:
             queries = queries[group.padded]
         attended = functional.scaled_dot_product_attention(
-            queries.view(group.sequences, group.queries, self._heads, dim).transpose(1, 2),
-            keys.view(group.sequences, heads, group.slots, dim),
-            values.view(group.sequences, heads, group.slots, dim),
+            queries.view(group.sequences, group.queries, self._heads, -1).transpose(1, 2),
+            self._gather(keys, group, dtype),
+            self._gather(values, group, dtype, place=1),
             attn_mask=group.mask[:, None],
             scale=self._scale,
-            enable_gqa=self._heads != heads,
+            enable_gqa=self._heads != self._kv.layout.kv_heads,
         )
-        rows = attended.transpose(1, 2).reshape(-1, self._heads * dim)
+        rows = attended.transpose(1, 2).flatten(2).flatten(0, 1)
         return rows if group.unpadded is None else rows[group.unpadded]
 
 

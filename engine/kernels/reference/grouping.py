@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 PADDING_MAX = 1.5
 """Work of a padded group over the work its members have: more calls cost more beyond it."""
-GROUP_KEYS_BYTES_MAX = 4 << 20
-"""Keys of one layer that a group gathers, padding included, unless one sequence has more: as many
-values come with them, and what was gathered should still be in the cache when it is read. Measured
-on a busy core of a Zen 5 (L2 1 MiB, L3 32 MiB) against groups without this bound, alternately, as
-medians of a layer's attention with 512 tokens each: 10.8 against 14.4 ms for 32 sequences of 4 key
-heads of 64, 8.4 against 13.0 ms for 8 and 43 against 67 ms for 32 of 8 key heads of 128. Of bounds
-from 1 to 16 MiB this was the best or near it."""
+GROUP_KEYS_BYTES_MAX = 1 << 20
+"""Keys of one layer that a group gathers, padding included, unless one sequence has more: what was
+gathered should still be in a core's own cache when it is read, and when as many values come after
+them to the same place. Measured on one busy core of a Sapphire Rapids (L2 2 MiB) as a layer's
+attention, alternately: 32 sequences of 4 key heads of 64 and 128 tokens take 1.04 to 1.05 ms with
+bounds of 512 KiB and 1 MiB, 1.23 ms with 2 MiB, and 1.27 ms with 4 MiB; 0.80 ms of it is reading
+the KV from memory, which nothing avoids."""
 GROUP_PAIRS_MAX = 1 << 17
 """Queries times blocks of a group, padding included: bounds the memory of its mask."""
 
