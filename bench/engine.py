@@ -1,12 +1,14 @@
 """Tokens per second of the engine beside transformers' continuous batching, in one run.
 
     python -m bench.engine [--output bench/results/engine.json]
+    python -m bench.engine --dtype bfloat16                     where that is an instruction
 
-Both compute the same thing: a 28M-parameter Llama with random weights in float32, 32 greedy
-requests at once. transformers gets each attention, page size and step size that runs on a
-processor; the best of them goes on to the rounds, which alternate between the two. The engine is
-judged by its best round, transformers by its best run of all, so that what else the machine does
-weighs little. Every round's tokens are compared, and must be equal.
+Both compute the same thing: a 28M-parameter Llama with random weights, 32 greedy requests at once.
+The engine's KV memory is there before, as a worker's is. transformers gets each attention, page
+size and step size that runs on a processor; the best of them goes on to the rounds, which alternate
+between the two. The engine is judged by its best round, transformers by its best run of all, so
+that what else the machine does weighs little. Every round's tokens are compared, and in float32
+must be equal: bfloat16 rounds by more than what lies between some tokens.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from bench.results import Figure, report
 from engine.engine import Engine
-from engine.kv_space import PlainKvSpace
+from engine.kv_space import KvSpace, PlainKvSpace
 from engine.limits import EngineLimits
 from engine.link.tokens import Sampling
 from engine.models.layout import image_recipes
 from engine.models.spec import ModelSpec, Rope
 
-REACH, NEXT_REACH = 3.0, 5.0
+REACH = 5.0
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 8192, 512, 1408, 8, 8, 4
 CONTEXT_TOKENS = 1024
 PAGE_BYTES = 2 << 20
@@ -56,7 +58,7 @@ class Timing:
         return sum(map(len, self.tokens)) / self.seconds
 
 
-def build(seed: int) -> tuple[Any, ModelSpec, dict[str, torch.Tensor]]:
+def build(seed: int, dtype: str = "float32") -> tuple[Any, ModelSpec, dict[str, torch.Tensor]]:
     """The peer's model, and its weights as the engine wants them."""
     torch.manual_seed(seed)
     model: Any = LlamaForCausalLM(
@@ -72,7 +74,7 @@ def build(seed: int) -> tuple[Any, ModelSpec, dict[str, torch.Tensor]]:
             initializer_range=0.06,
         )
     )
-    model.eval()
+    model.to(getattr(torch, dtype)).eval()
     spec = ModelSpec(
         family="llama",
         layers=LAYERS,
@@ -97,12 +99,17 @@ def build(seed: int) -> tuple[Any, ModelSpec, dict[str, torch.Tensor]]:
 
 
 def run_engine(
-    spec: ModelSpec, weights: dict[str, torch.Tensor], prompts: Tokens, new_tokens: int
+    spec: ModelSpec,
+    weights: dict[str, torch.Tensor],
+    space: KvSpace,
+    prompts: Tokens,
+    new_tokens: int,
+    dtype: str = "float32",
 ) -> Timing:
-    """All prompts at once through an engine of its own."""
+    """All prompts at once through an engine of its own, which leaves `space` as it was."""
     count = len(prompts)
     limits = EngineLimits(CONTEXT_TOKENS, count, count, STEP_TOKENS, prefix_cache=False)
-    engine = Engine(spec, weights, PlainKvSpace(PAGE_BYTES, KV_PAGES), limits)
+    engine = Engine(spec, weights, space, limits, dtype=dtype)
     sampling = Sampling(max_tokens=new_tokens, temperature=0.0)
     tokens: Tokens = [[] for _ in prompts]
     started = time.perf_counter()
@@ -183,18 +190,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tries", type=int, default=2, help="of each configuration of the peer")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    model, spec, weights = build(options.seed)
+    model, spec, weights = build(options.seed, options.dtype)
     generator = torch.Generator().manual_seed(options.seed)
     shape = (options.requests, options.prompt_tokens)
     prompts: Tokens = torch.randint(0, VOCABULARY, shape, generator=generator).tolist()
-    run_engine(spec, weights, prompts, options.new_tokens)  # warm, as the peer is by its choice
+    space = PlainKvSpace(PAGE_BYTES, KV_PAGES)
+
+    def run_own() -> Timing:
+        return run_engine(spec, weights, space, prompts, options.new_tokens, options.dtype)
+
+    run_own()  # warm, as the peer is by its choice
     choice, rates = choose_peer(model, prompts, options.new_tokens, options.tries)
     pairs = measure(
-        lambda: run_engine(spec, weights, prompts, options.new_tokens),
+        run_own,
         lambda: run_peer(model, prompts, options.new_tokens, **choice),
         options.rounds,
     )
@@ -211,21 +224,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Figure(
                 "engine over generate_batch, best runs",
                 f"{own / peer:.2f} x",
-                f">= {REACH} x (next {NEXT_REACH} x)",
+                f">= {REACH} x",
                 own / peer >= REACH,
             ),
             Figure("the same, median of rounds", f"{statistics.median(ratios):.2f} x"),
             Figure(
                 "rounds with equal tokens",
                 f"{equal} of {len(pairs)}",
-                f"{len(pairs)}",
-                equal == len(pairs),
+                f"{len(pairs)}" if options.dtype == "float32" else "",
+                equal == len(pairs) if options.dtype == "float32" else None,
             ),
         ],
         parameters={
             "parameters": spec.parameters,
             "shape": spec.to_dict(),
-            "dtype": "float32",
+            "dtype": options.dtype,
             "requests": options.requests,
             "prompt_tokens": options.prompt_tokens,
             "new_tokens": options.new_tokens,

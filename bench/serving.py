@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from bench import engine as engine_bench
 from bench.load_client import Load, Report, run_load
 from bench.results import Figure, report
+from engine.kv_space import PlainKvSpace
 
 REACH = 0.9
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 64, 128, 4
@@ -75,6 +76,7 @@ def main() -> int:
     prompts = torch.randint(
         0, engine_bench.VOCABULARY, (REQUESTS, PROMPT_TOKENS), generator=generator
     ).tolist()
+    space = PlainKvSpace(engine_bench.PAGE_BYTES, engine_bench.KV_PAGES)
     alone, served = [], []
     with tempfile.TemporaryDirectory(prefix="hotbay-bench-") as root:
         write_checkpoint(model, Path(root) / "models" / "bench" / "1")
@@ -88,9 +90,9 @@ def main() -> int:
             node.client.wait(node.client.load("bench"))
             url = node.http_url
             through_http(url, prompts[:4])
-            engine_bench.run_engine(spec, weights, prompts[:4], 8)
+            engine_bench.run_engine(spec, weights, space, prompts[:4], 8)
             for _ in range(arguments.rounds):
-                timing = engine_bench.run_engine(spec, weights, prompts, NEW_TOKENS)
+                timing = engine_bench.run_engine(spec, weights, space, prompts, NEW_TOKENS)
                 alone.append(timing.rate)
                 answer = through_http(url, prompts)
                 assert not answer.errors, answer.errors
