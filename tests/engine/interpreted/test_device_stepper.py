@@ -17,62 +17,18 @@ import torch
 from engine.device_stepper import DeviceStepper
 from engine.engine import Engine
 from engine.errors import GraphChanged
-from engine.graphs import Graphs, buckets_up_to
-from engine.kv_space import PlainKvSpace
+from engine.graphs import buckets_up_to
 from engine.limits import EngineLimits
 from engine.link.tokens import Finish, Output, Sampling
-from engine.models.layout import image_recipes
-from engine.models.spec import ModelSpec, Rope
 from engine.recorded_graphs import RecordedGraphs
+from tests.engine.interpreted.tiny_model import (
+    PAGE_BYTES,
+    PROMPTS,
+    SPEC,
+    WEIGHTS,
+    make_engine,
+)
 from tests.engine.parking_stage import ParkingStage
-
-PAGE_BYTES = 1 << 10
-"""Four tokens: requests go through many blocks."""
-VOCABULARY = 61
-PROMPTS = [[(7 * place + 3 * seed) % VOCABULARY for place in range(length)] for seed, length in
-           enumerate((1, 6, 13, 4, 2))]  # fmt: skip
-
-
-def spec_of() -> ModelSpec:
-    return ModelSpec(
-        family="qwen3",
-        layers=1,
-        hidden=32,
-        heads=4,
-        kv_heads=2,
-        head_dim=16,
-        intermediate=48,
-        vocabulary=VOCABULARY,
-        context_tokens=128,
-        tied=True,
-        norm_epsilon=1e-6,
-        rope=Rope(1e4),
-        eos_token_ids=(),
-    )
-
-
-def weights_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(11)
-    return {
-        recipe.name: torch.randn(recipe.shape, generator=generator) * 0.4
-        + (1.0 if "norm" in recipe.name else 0.0)
-        for recipe in image_recipes(spec)
-    }
-
-
-SPEC = spec_of()
-WEIGHTS = weights_of(SPEC)
-
-
-def make_engine(
-    graphs: Graphs | None = None, *, device: bool = True, spec: ModelSpec = SPEC, **limits: int
-) -> Engine:
-    given: dict[str, Any] = {"make_stepper": DeviceStepper} if device else {}
-    pages = limits.pop("pages", 64)
-    space = PlainKvSpace(PAGE_BYTES, pages)
-    space.memory().fill_(0xFF)  # no number, as float32 and as FP8
-    chosen = EngineLimits(**{"context_tokens": 48, "running_requests_max": 8, **limits})
-    return Engine(spec, WEIGHTS, space, chosen, graphs=graphs, **given)
 
 
 def run(engine: Engine, after: Callable[[int], None] | None = None) -> dict[int, list[Output]]:
@@ -381,21 +337,3 @@ def test_buckets() -> None:
     assert buckets_up_to(3) == (1, 2, 4)
     assert buckets_up_to(20) == (1, 2, 4, 8, 16, 24)
     assert buckets_up_to(4096)[-1] == 256
-
-
-def test_strict_results_are_the_same_bits() -> None:
-    """Alone kernel by kernel, captured among others, and in other chunks: probabilities tell."""
-    sampling = Sampling(max_tokens=4, temperature=0.0, logprobs=0)
-
-    def probabilities(engine: Engine, others: int) -> list[float]:
-        for index in range(others):
-            engine.submit(index, PROMPTS[index], GREEDY)
-        engine.submit(9, PROMPTS[2], sampling)
-        return [output.logprobs[0].logprob for output in run(engine)[9]]
-
-    alone = probabilities(make_engine(strict=True), 0)
-    assert len(set(alone)) == 4
-    graphs = RecordedGraphs()
-    assert probabilities(make_engine(graphs, strict=True), 2) == alone
-    assert graphs.replays
-    assert probabilities(make_engine(graphs, strict=True, step_tokens=8), 1) == alone
