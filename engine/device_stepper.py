@@ -119,7 +119,8 @@ class DeviceStepper:
 
     @property
     def statistics(self) -> StepperStatistics:
-        return StepperStatistics(len(self._captured), self._replays, self._capture_s)
+        graph_bytes = sum(graph.size_bytes for graph in self._captured.values())
+        return StepperStatistics(len(self._captured), self._replays, self._capture_s, graph_bytes)
 
     @torch.inference_mode()
     def launch(self, decoder: Decoder, chunks: Sequence[Chunk], *, steady: bool) -> Launched:

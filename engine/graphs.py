@@ -23,6 +23,10 @@ _BUCKET_STEP = 8
 class Graph(Protocol):
     """Captured work."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory that it brought to the pool of its worker, beside what graphs before it use."""
+
     def replay(self) -> None:
         """Have it done again, on the same addresses, in the order of what is launched now."""
 
@@ -35,6 +39,17 @@ class Graphs(Protocol):
 
         `work` must have run once before: a kernel is not compiled or loaded while it is recorded.
         """
+
+
+class CudaGraph:
+    """A graph of the current device."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._graph = graph
+
+    def replay(self) -> None:
+        self._graph.replay()
 
 
 class CudaGraphs:
@@ -52,13 +67,14 @@ class CudaGraphs:
         graph is captured, so only this thread's calls count.
         """
         graph = torch.cuda.CUDAGraph()
+        before_bytes = torch.cuda.memory_reserved()
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
             finally:
                 graph.capture_end()
-        return graph
+        return CudaGraph(graph, torch.cuda.memory_reserved() - before_bytes)
 
 
 def buckets_up_to(rows_max: int) -> tuple[int, ...]:

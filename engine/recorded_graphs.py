@@ -46,6 +46,8 @@ class RecordedGraph:
         self._work = work
         self._notes: list[str] = []
         self.replays = 0
+        self.size_bytes = 0
+        """Of the tensors that it makes, once it has run."""
 
     def replay(self) -> None:
         found = self._run()
@@ -65,6 +67,7 @@ class RecordedGraph:
         kept = [one for one in recorder.made if one() is not None]
         if kept:
             raise GraphChanged(f"{len(kept)} tensors made inside the graph are kept outside of it")
+        self.size_bytes = recorder.made_bytes
         return recorder.notes
 
 
@@ -75,6 +78,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.notes: list[str] = []
         self.made: list[weakref.ref[torch.Tensor]] = []
+        self.made_bytes = 0
         self._own: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,6 +93,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if _storage(tensor) not in before:
                 self._own[_storage(tensor)] = weakref.ref(tensor.untyped_storage())
                 self.made.append(weakref.ref(tensor))
+                self.made_bytes += tensor.untyped_storage().nbytes()
         self.notes.append(f"{name} {outside}")
         return result
 

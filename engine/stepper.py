@@ -37,6 +37,8 @@ class StepperStatistics:
     replays: int = 0
     capture_s: float = 0.0
     """Time spent on capturing."""
+    graph_bytes: int = 0
+    """Memory that the graphs captured now brought to the pool of their worker."""
 
 
 class Stepper(Protocol):

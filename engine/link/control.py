@@ -151,6 +151,13 @@ class EngineState(msgspec.Struct, frozen=True):
     """Requests that gave way to others for want of KV memory."""
     preemptions_parked_total: int = 0
     """Of those, for how many KV was parked; the others compute it again."""
+    graphs: int = 0
+    """Batches of decodes that are captured now."""
+    graph_bytes: int = 0
+    """Memory that these brought to the worker's pool of graphs, beside its pages."""
+    graph_replays_total: int = 0
+    graph_capture_seconds_total: float = 0.0
+    """Time spent on capturing, which a step waits for."""
     cached_bytes: int = 0
     """Cached prefixes, in KV blocks that no request uses: most of it counts as free."""
     prefix_lookup_tokens_total: int = 0

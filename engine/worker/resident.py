@@ -24,6 +24,7 @@ from engine.worker.images import Image
 from engine.worker.kv import FlooredKvSpace
 from engine.worker.mapper import Mapper
 from engine.worker.measures import kv_pages_min, limits_of
+from engine.worker.report import state_of
 from engine.worker.status import advance
 from engine.worker.weights import ResidentWeights
 from swap.arena import PagePool, Region
@@ -375,33 +376,5 @@ class Resident:
 
     def state(self) -> EngineState:
         """What is reported of it."""
-        figures = self.engine.statistics()
-        failed = self.status is EngineStatus.FAILED
-        # A paused engine runs nothing: what keeps its KV waits like the rest.
-        paused = figures.running if self.engine.paused else 0
         kv_pages = self._space.needed(self.engine.pages_held)
-        return EngineState(
-            model=self.model,
-            digest=self.image.digest,
-            status=self.status,
-            weights_bytes=self.weights.mapped_bytes,
-            kv_used_bytes=0 if failed else figures.kv_used_bytes,
-            kv_bytes=0 if failed else kv_pages * self._space.page_bytes,
-            cached_bytes=0 if failed else figures.cached_bytes,
-            running=0 if failed else figures.running - paused,
-            waiting=0 if failed else figures.waiting + paused,
-            paused=0 if failed else paused,
-            parked=0 if failed else figures.parked,
-            parked_bytes=0 if failed else figures.parked_bytes,
-            prompt_tokens_total=figures.prompt_tokens_total,
-            generation_tokens_total=figures.generation_tokens_total,
-            computed_tokens_total=figures.computed_tokens_total,
-            prefix_lookup_tokens_total=figures.prefix_lookup_tokens_total,
-            prefix_hit_tokens_total=figures.prefix_hit_tokens_total,
-            preemptions_total=figures.preemptions_total,
-            preemptions_parked_total=figures.preemptions_parked_total,
-            reason=self.reason,
-            spare=self.spare,
-            staged_bytes=self.weights.staged_bytes if self.spare else 0,
-            copy_bytes=self.weights.copy_bytes if self.spare else 0,
-        )
+        return state_of(self, kv_pages * self._space.page_bytes)

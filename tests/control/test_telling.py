@@ -86,6 +86,8 @@ def test_metrics_are_answered_over_the_gateways_link(tmp_path: Path) -> None:
             assert f'hotbay_swap_phase_seconds_count{{phase="{phase}"}} 1.0' in text
         assert 'hotbay_operations_total{cause="api",kind="load",outcome="OK"} 1.0' in text
         assert 'hotbay_engine_running{model="prose@1",partition="gpu0"} 0.0' in text
+        for figure in ("preemptions", "preemptions_parked", "graph_capture_seconds"):
+            assert f'hotbay_engine_{figure}_total{{model="prose@1",partition="gpu0"}} 0.0' in text
         assert 'hotbay_worker_up{partition="gpu0"} 1.0' in text
         assert "hotbay_host_store_bytes" in text
 

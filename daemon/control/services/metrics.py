@@ -209,6 +209,8 @@ class Reports(Collector):
                 ("kv_bytes", "KV pages in use or promised."),
                 ("cached_bytes", "Cached prefixes that no request uses now."),
                 ("weights_bytes", "Weights on the device."),
+                ("graphs", "Batches of decodes captured as graphs."),
+                ("graph_bytes", "Memory of these, beside the pages."),
             )
         }
         counters = {
@@ -221,6 +223,8 @@ class Reports(Collector):
                 ("prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
                 ("preemptions", "Requests put back to make room for others."),
                 ("preemptions_parked", "Of those, whose KV was parked and not computed again."),
+                ("graph_replays", "Steps that were replayed from a graph."),
+                ("graph_capture_seconds", "Time that steps waited for graphs to be captured."),
             )
         }
         for partition, client in self._world.processes.workers.items():

@@ -90,6 +90,12 @@ def test_tokens_are_those_of_the_reference(
         assert graphs.replays >= 3
         assert engine.statistics().stepper.replays == graphs.replays
         assert engine.statistics().stepper.graphs == len(graphs.captured) <= 3
+        assert engine.statistics().stepper.capture_s > 0
+        assert (
+            engine.statistics().stepper.graph_bytes
+            == sum(graph.size_bytes for graph in graphs.captured)
+            > 0
+        )
 
 
 @pytest.mark.parametrize("captured", [False, True])
