@@ -139,13 +139,13 @@ def test_parked_it_takes_less_and_comes_back(checkpoint: Make) -> None:
     region = Region(PagePool(device), "kv", 4 << 20)
     engine = strict_engine(made, 0, RegionKvSpace(region))
     area = ParkingArea(1 << 20)
-    lane = KvLane(device, area, engine.layout, region.address)
+    engine.lane = KvLane(device, area, engine.layout, region.address)
     engine.submit(0, LONG, greedy(NEW_TOKENS))
     tokens: list[int] = []
     for _ in range(7):
         tokens += [token for output in engine.step() for token in output.tokens]
     engine.pause(keep_kv=True)
-    vacating = engine.vacate(engine._pool.pages, lane)
+    vacating = engine.vacate(engine._pool.pages)
     vacating.copy(lambda: None)
     vacating.release()
     assert region.mapped_pages == 0
@@ -156,7 +156,7 @@ def test_parked_it_takes_less_and_comes_back(checkpoint: Make) -> None:
     engine.resume(made.weights)
     tokens += tokens_of(run(engine)[0])
     assert tokens == alone(made, LONG)
-    del engine, lane
+    del engine
     region.release()
     device.close()
 
