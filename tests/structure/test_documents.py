@@ -36,3 +36,12 @@ def test_every_path_of_the_architecture_exists() -> None:
     named = re.findall(r"`((?:daemon|engine|swap|partitioner|proto|tests)/[\w./*]+)`", text)
     assert len(named) > 10
     assert [name for name in named if not list(ROOT.glob(name.rstrip("/")))] == []
+
+
+def test_decisions_are_numbered_in_one_row_as_their_titles_say() -> None:
+    decisions = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    assert [one.name[:5] for one in decisions] == [
+        f"{number:04}-" for number in range(1, len(decisions) + 1)
+    ]
+    for number, one in enumerate(decisions, 1):
+        assert one.read_text(encoding="utf-8").startswith(f"# {number}. "), one.name
