@@ -14,34 +14,17 @@ from pathlib import Path
 
 from google.protobuf.message import Message
 
-from daemon.control.actions.after_reboot import Reapplying
-from daemon.control.actions.conductor import Conductor
 from daemon.control.actions.cordons import Cordons
-from daemon.control.actions.demand_loop import DemandLoop
-from daemon.control.actions.disk_cache import DiskCache
-from daemon.control.actions.gpu_readings import GpuMonitor
-from daemon.control.actions.health import Health
-from daemon.control.actions.health_steps import Steps
-from daemon.control.actions.images import Builders, Images
-from daemon.control.actions.layout_changes import LayoutChanges
-from daemon.control.actions.layouts import Layouts
-from daemon.control.actions.pulls import Pullers, Pulls
-from daemon.control.actions.recovery import Recovery
-from daemon.control.actions.routing import Router
-from daemon.control.actions.share_watch import ShareWatch
-from daemon.control.actions.spare_memory import SpareKeeper
-from daemon.control.actions.stage_ahead import StageAhead
-from daemon.control.actions.transitions import Transitions
-from daemon.control.actions.xid_listener import XidListener
+from daemon.control.actions.images import Builders
+from daemon.control.actions.pulls import Pullers
 from daemon.control.config import Config
-from daemon.control.failpoints import FailPoints, parse_failpoints
 from daemon.control.notify import Notifier
+from daemon.control.parts import Parts
 from daemon.control.processes.builder_client import Builder
 from daemon.control.processes.commands import commands
 from daemon.control.processes.custody import Custody
 from daemon.control.processes.fleet import Fleet
 from daemon.control.processes.gateway_client import GatewayClient
-from daemon.control.processes.holders import holders_of
 from daemon.control.processes.place import Commands, FleetEvents
 from daemon.control.processes.puller_client import Puller
 from daemon.control.processes.share_places import share_places
@@ -49,12 +32,10 @@ from daemon.control.processes.worker_client import WorkerClient
 from daemon.control.services import answers
 from daemon.control.services.api import make_server, snapshot
 from daemon.control.services.doctor import DoctorService
-from daemon.control.services.metrics import Metrics
 from daemon.control.services.nodes import NodeService
+from daemon.control.services.server import Server
 from daemon.control.services.simulation import SimulationService
-from daemon.control.services.watch import Hub
 from daemon.control.state.journal import Contents, Drop, Journal
-from daemon.control.state.operations import Operations
 from daemon.control.state.records import Operation
 from daemon.control.state.remembered_world import make_world
 from daemon.control.state.world import RunningFleet
@@ -64,8 +45,6 @@ from partitioner.bounded import BoundedNvml
 from partitioner.errors import PartitionerError
 from partitioner.gpu import Gpu
 from partitioner.simulated.node import SimulatedNode
-from partitioner.xid_table import load_xids
-from swap.image_cache import ImageCache
 
 log = logging.getLogger(__name__)
 
@@ -94,162 +73,109 @@ class Node:
         self._notifier = notifier
         self._nvml = nvml
         self._contents = contents
-        self.sharing = sharing = share_places(config, gpus)
-        self.world = world = make_world(config, contents, gpus, builders, sharing)
+        self._journal = journal
+        self.sharing = share_places(config, gpus)
+        self.world = world = make_world(config, contents, gpus, builders, self.sharing)
         self._listening = ("", "")
         log_dir = config.state_dir / "log"
         log_dir.mkdir(mode=0o700, exist_ok=True)
         argument_lists = commands(
-            config, world.partitions, lambda: self._listening, log_dir, sharing
+            config, world.partitions, lambda: self._listening, log_dir, self.sharing
         )
         self.fleet = make_fleet(argument_lists, tuple(world.partitions), self)
         world.processes = self.fleet
-        self._journal = journal
-        self._custody = Custody(notifier)
-        kept = config.image_cache
-        self._disk = DiskCache(
-            ImageCache(Path(kept.directory), kept.budget_bytes),
-            world.store,
-            builders,
-            world.warnings.append,
-            packed_only=kept.keep == "packed",
-        )
-        self._spare = SpareKeeper(world, builders)
-        self._monitor = GpuMonitor(nvml.readings)
-        self._metrics = Metrics(world, self._disk, self._monitor)
-        failpoints = FailPoints(parse_failpoints(config.failpoints))
-        self._hub = Hub(self._show, config.limits)
-        self._operations = Operations(
-            journal,
-            config.limits,
-            self._operation_changed,
-            lambda name: self._hub.removed("operation", name),
-        )
-        self._router = Router(world)
-        self._images = Images(world, builders, self._custody, self._disk, self._spare, failpoints)
-        transitions = Transitions(
-            world, self._images, self._router, journal, failpoints, self._metrics.exchanged
-        )
-        self._conductor = Conductor(world, self._images, self._operations, transitions, failpoints)
-        self._demand = DemandLoop(world, self._conductor, self._operations, self._router)
-        self._pulls = pulls = Pulls(world, self._operations, self._conductor, self._router, pullers)
-        layouts = Layouts(world, nvml.discover, nvml.geometry, sharing)
-        self._layout_changes = LayoutChanges(
+        self.parts = Parts(
+            config,
             world,
-            layouts,
+            self.sharing,
+            self.fleet,
+            journal,
             nvml,
-            self.fleet,
-            journal,
-            self._operations,
-            self._conductor,
-            self._router,
-            failpoints,
-            holders_of(simulated),
-            sharing,
+            Custody(notifier),
+            builders,
+            pullers,
+            simulated,
+            self,
         )
-        self._reapplying = Reapplying(
-            world, layouts, self._layout_changes, journal, self._operations
-        )
-        self._share_watch = ShareWatch(world, sharing, self.fleet.restart)
-        self._stage_ahead = StageAhead(world, self._conductor, self._operations)
-        self._recovery = Recovery(
-            world,
-            journal,
-            self._operations,
-            self._images,
-            self._conductor,
-            transitions,
-            self._router,
-            pulls,
-            self._layout_changes,
-        )
-        self._steps = Steps(
-            world,
-            journal,
-            self._operations,
-            self._conductor,
-            self._router,
-            self.fleet,
-            self._discover,
-        )
-        self._health = Health(
-            world, nvml, journal, self._router, self._steps, load_xids(), self._health_changed
-        )
-        self._xids = XidListener(self._health, nvml.gate)
-        self._server = make_server(
-            world,
-            self._operations,
-            self._conductor,
-            self._router,
-            self._hub,
-            NodeService(
-                world,
-                self._operations,
-                self._conductor,
-                version,
-                self._discover,
-                lambda: self._listening,
-                Cordons(world, self._operations, self._health.uncordoned),
-            ),
-            self._images,
-            layouts,
-            self._layout_changes,
-            pulls,
-            DoctorService(config, nvml, notifier.stored_max, version),
-            SimulationService(simulated, self._health.look_soon) if simulated else None,
-        )
+        self._server = self._make_server(version, simulated)
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when one of the daemon's own loops does."""
         self._tasks: list[asyncio.Task[None]] = []
         self._statuses: dict[str, tuple[object, ...]] = {}
+
+    def _make_server(self, version: str, simulated: SimulatedNode | None) -> Server:
+        nodes = NodeService(
+            self.world,
+            self.parts.operations,
+            self.parts.conductor,
+            version,
+            self.discover,
+            lambda: self._listening,
+            Cordons(self.world, self.parts.operations, self.parts.health.uncordoned),
+        )
+        return make_server(
+            self.world,
+            self.parts.operations,
+            self.parts.conductor,
+            self.parts.router,
+            self.parts.hub,
+            nodes,
+            self.parts.images,
+            self.parts.layouts,
+            self.parts.layout_changes,
+            self.parts.pulls,
+            DoctorService(self._config, self._nvml, self._notifier.stored_max, version),
+            SimulationService(simulated, self.parts.health.look_soon) if simulated else None,
+        )
 
     # Starting and stopping.
 
     async def start(self) -> None:
         """Serve the API, find or start every process, recover, and open for business."""
         world, config = self.world, self._config
-        open_operations = self._operations.restore(self._contents.operations)
+        open_operations = self.parts.operations.restore(self._contents.operations)
         await self._server.start()
-        await self._layout_changes.settle(self._contents.layout_change, open_operations)
+        await self.parts.layout_changes.settle(self._contents.layout_change, open_operations)
         world.warnings.extend(await self.sharing.restore())
         void = [each for each in self._contents.units if each.unit not in world.health.records]
         await self._journal.commit(Drop(each) for each in void)
-        await self._disk.open()
+        await self.parts.disk.open()
         scan = asyncio.create_task(self._scan(), name="scan")
         try:
             await self.fleet.start()
             await scan
         finally:
             scan.cancel()
-        for digest in self._images.adopt(await self._custody.recover()):
-            await self._custody.drop(digest)
+        for digest in self.parts.images.adopt(await self.parts.custody.recover()):
+            await self.parts.custody.drop(digest)
         for digest in world.store.trim():
-            await self._custody.drop(digest)
-        await self._recovery.settle(open_operations)
-        self._router.enabled = True
-        await self._router.publish()
+            await self.parts.custody.drop(digest)
+        await self.parts.recovery.settle(open_operations)
+        self.parts.router.enabled = True
+        await self.parts.router.publish()
         self._tasks = [
-            asyncio.create_task(self._images.spread(), name="spread"),
-            asyncio.create_task(self._demand.run(), name="demand"),
-            asyncio.create_task(self._disk.run(), name="image cache"),
-            asyncio.create_task(self._spare.run(), name="spare memory"),
-            asyncio.create_task(self._monitor.run(), name="GPU readings"),
-            asyncio.create_task(self._stage_ahead.run(), name="stage ahead"),
-            asyncio.create_task(self._share_watch.run(), name="shares"),
-            asyncio.create_task(self._health.run(), name="health"),
-            asyncio.create_task(self._xids.run(), name="XIDs"),
+            asyncio.create_task(self.parts.images.spread(), name="spread"),
+            asyncio.create_task(self.parts.demand.run(), name="demand"),
+            asyncio.create_task(self.parts.disk.run(), name="image cache"),
+            asyncio.create_task(self.parts.spare.run(), name="spare memory"),
+            asyncio.create_task(self.parts.monitor.run(), name="GPU readings"),
+            asyncio.create_task(self.parts.stage_ahead.run(), name="stage ahead"),
+            asyncio.create_task(self.parts.share_watch.run(), name="shares"),
+            asyncio.create_task(self.parts.health.run(), name="health"),
+            asyncio.create_task(self.parts.xids.run(), name="XIDs"),
         ]
         for task in self._tasks:
             task.add_done_callback(self._loop_ended)
         world.became_ready.set()
-        self._spare.wake()
-        again = self._reapplying.run(self._contents.kept_layout, config.partitions.after_reboot)
+        self.parts.spare.wake()
+        kept, policy = self._contents.kept_layout, config.partitions.after_reboot
+        again = self.parts.reapplying.run(kept, policy)
         self._tasks.append(asyncio.create_task(again, name="layout after a reboot"))
         for client in list(self.fleet.workers.values()):
-            self._recovery.restore(client)
-        await self._images.keep_all()
+            self.parts.recovery.restore(client)
+        await self.parts.images.keep_all()
         await self._server.set_serving(True)
-        self._hub.refresh_soon()
+        self.parts.hub.refresh_soon()
         self._notifier.ready(self._status())
         log.info("ready on %s; HTTP on %s", config.control_socket, self._listening[0])
 
@@ -285,9 +211,9 @@ class Node:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._steps.close()
-        self._hub.close()
-        await self._operations.stop()
+        await self.parts.steps.close()
+        self.parts.hub.close()
+        await self.parts.operations.stop()
 
     async def _close_files(self) -> None:
         await self._server.stop()
@@ -300,33 +226,33 @@ class Node:
             changes = await self.world.registry.scan(Path(self._config.node.repository))
             await self._journal.commit(changes)
 
-    async def _discover(self) -> tuple[Gpu, ...]:
+    async def discover(self) -> tuple[Gpu, ...]:
         try:
             return await self._nvml.discover()
         except PartitionerError as error:
             log.warning("GPUs cannot be read: %s", error)
             return self.world.gpus
 
-    def _health_changed(self) -> None:
+    def health_changed(self) -> None:
         """What is known of a GPU's health is to be shown."""
-        self._hub.refresh_soon(("gpu", "partition"))
+        self.parts.hub.refresh_soon(("gpu", "partition"))
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         """A loop only ends by a bug; a fresh start that adopts everything beats a deaf daemon."""
         if not task.cancelled() and not self.broken.done():
             self.broken.set_exception(task.exception() or RuntimeError(f"{task} ended"))
 
-    def _show(self, kinds: Iterable[str]) -> Mapping[str, Mapping[str, Message]]:
-        return snapshot(self.world, self._operations, kinds)
+    def show(self, kinds: Iterable[str]) -> Mapping[str, Mapping[str, Message]]:
+        return snapshot(self.world, self.parts.operations, kinds)
 
-    def _operation_changed(self, record: Operation) -> None:
+    def operation_changed(self, record: Operation) -> None:
         if record.done:
-            self._metrics.operation_ended(record)
-            self._demand.wake()
-            self._spare.wake()
+            self.parts.metrics.operation_ended(record)
+            self.parts.demand.wake()
+            self.parts.spare.wake()
             self._notifier.status(self._status())
-        self._hub.changed("operation", record.name, answers.operation(record))
-        self._hub.refresh_soon()
+        self.parts.hub.changed("operation", record.name, answers.operation(record))
+        self.parts.hub.refresh_soon()
 
     def _status(self) -> str:
         """One line for `systemctl status`."""
@@ -340,20 +266,20 @@ class Node:
     async def worker_up(self, client: WorkerClient, adopted: bool) -> None:
         """A worker is connected; before recovery this is only noted, by the fleet itself."""
         if self.world.ready and not self.world.stopping:
-            await self._recovery.adopt(client)
-            self._recovery.restore(client)
-            self._router.publish_soon()
-        self._hub.refresh_soon()
+            await self.parts.recovery.adopt(client)
+            self.parts.recovery.restore(client)
+            self.parts.router.publish_soon()
+        self.parts.hub.refresh_soon()
 
     async def worker_down(self, partition: str, reason: str) -> None:
         """A worker is gone: its models' requests are held until they are back."""
         world = self.world
         for key in [key for key, where in world.serving.items() if where == partition]:
             world.withhold(key)
-        self._images.worker_down(partition)
-        self._share_watch.wake()
-        self._router.publish_soon()
-        self._hub.refresh_soon()
+        self.parts.images.worker_down(partition)
+        self.parts.share_watch.wake()
+        self.parts.router.publish_soon()
+        self.parts.hub.refresh_soon()
 
     async def worker_state(self, state: WorkerState) -> None:
         """A worker reported: every second, and after each change."""
@@ -362,36 +288,36 @@ class Node:
         )
         changed = self._statuses.get(state.partition) != statuses
         self._statuses[state.partition] = statuses
-        self._demand.wake()
+        self.parts.demand.wake()
         if state.exchanged is not None:
             ledger = state.exchanged.ledger
-            record = await self._operations.complete_ledger(state.exchanged.operation, ledger)
+            record = await self.parts.operations.complete_ledger(state.exchanged.operation, ledger)
             if record is not None:
-                self._metrics.first_token(ledger)
-                self._hub.changed("operation", record.name, answers.operation(record))
-        self._hub.refresh_soon(("partition", "model") if changed else ("partition",))
+                self.parts.metrics.first_token(ledger)
+                self.parts.hub.changed("operation", record.name, answers.operation(record))
+        self.parts.hub.refresh_soon(("partition", "model") if changed else ("partition",))
 
     async def gateway_up(self, client: GatewayClient, adopted: bool) -> None:
         """A gateway is connected; a new one gets the table and every descriptor."""
         self._listening = (client.state.http, client.state.grpc)
-        self._custody.gateway = client
-        self._router.connect(client)
+        self.parts.custody.gateway = client
+        self.parts.router.connect(client)
         if self.world.ready:
-            await self._router.publish()
-            await self._images.keep_all()
-        self._hub.refresh_soon()
+            await self.parts.router.publish()
+            await self.parts.images.keep_all()
+        self.parts.hub.refresh_soon()
 
     async def gateway_down(self, reason: str) -> None:
         """The gateway is gone, and what it held with it."""
-        self._custody.gateway = None
-        self._router.connect(None)
+        self.parts.custody.gateway = None
+        self.parts.router.connect(None)
         self.world.held = {}
-        self._hub.refresh_soon()
+        self.parts.hub.refresh_soon()
 
     async def demand(self, demand: Demand) -> None:
         """The gateway says what it holds."""
-        self._demand.held(demand)
+        self.parts.demand.held(demand)
 
     async def metrics(self) -> str:
         """What the gateway shows beside its own."""
-        return self._metrics.text()
+        return self.parts.metrics.text()

@@ -46,7 +46,7 @@ class Host:
         await self.stage.start()
 
     def reapplied(self) -> list[Any]:
-        operations = self.stage.node._operations.all()
+        operations = self.stage.node.parts.operations.all()
         return [each for each in operations if each.method == "AfterReboot"]
 
     async def through(self) -> None:

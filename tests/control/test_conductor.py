@@ -34,11 +34,11 @@ def play(root: Path, scenario: Scenario, *models: str, **options: object) -> Non
 
 
 async def begin(stage: Theatre, intent: Intent, request: Request | None = None) -> Operation:
-    return await stage.node._conductor.submit(request or Request("test"), intent)
+    return await stage.node.parts.conductor.submit(request or Request("test"), intent)
 
 
 async def end(stage: Theatre, operation: Operation) -> Operation:
-    return await stage.node._operations.wait(operation.name, 10)
+    return await stage.node.parts.operations.wait(operation.name, 10)
 
 
 async def do(stage: Theatre, kind: Kind, **fields: object) -> Operation:
@@ -69,7 +69,7 @@ def test_load_builds_keeps_attaches_and_serves(tmp_path: Path) -> None:
         digest = stage.node.world.registry["prose@1"].digest
         assert list(stage.worker.images) == list(stage.gateway.segments) == [digest]
         assert stage.worker.active() == ["prose@1"]
-        await stage.node._router.publish()
+        await stage.node.parts.router.publish()
         route = stage.gateway.route("prose@1")
         assert (route.disposition, route.partition, route.state) == ("serve", "gpu0", "ACTIVE")
         again = await load(stage, "prose")
@@ -99,7 +99,7 @@ def test_swap_holds_before_it_exchanges_and_serves_while_weights_land(tmp_path: 
         assert operation.result is not None
         assert operation.result.ledger is not None
         assert operation.result.ledger.copied_bytes == 1000
-        await stage.node._router.publish()
+        await stage.node.parts.router.publish()
         assert stage.gateway.history("prose@1") == ["hold", "serve", "hold"]
         assert stage.gateway.history("code@1") == ["hold", "serve"]
         versions = [table.version for table in stage.gateway.tables]
@@ -123,7 +123,7 @@ def test_failed_swap_leaves_the_old_model_serving(
         assert stage_of_failure.value in operation.failure.message
         assert "prose@1 serves again" in operation.failure.message
         assert stage.worker.active() == ["prose@1"]
-        await stage.node._router.publish()
+        await stage.node.parts.router.publish()
         assert stage.gateway.route("prose@1").disposition == "serve"
         assert stage.gateway.route("code@1").disposition == "hold"
         # The image was built by this operation, so it goes with it: nothing stays behind.
@@ -158,7 +158,7 @@ def test_model_larger_than_the_partition_is_refused_with_figures(tmp_path: Path)
             await load(stage, "huge")
         assert int(refused.value.metadata["needed_bytes"]) > 64 << 20
         assert stage.builders.builds == []
-        assert stage.node._operations.all() == []
+        assert stage.node.parts.operations.all() == []
 
     async def run() -> None:
         async with staged(tmp_path, start=False, settings=QUIET) as stage:
@@ -189,7 +189,9 @@ def test_least_recently_used_image_makes_room(tmp_path: Path) -> None:
         await until(lambda: len(stage.worker.images) == 2)
         world = stage.node.world
         first = world.registry["one@1"].digest
-        _, plan = stage.node._conductor.prepare(Intent(Kind.LOAD, incoming="three", standby=True))
+        _, plan = stage.node.parts.conductor.prepare(
+            Intent(Kind.LOAD, incoming="three", standby=True)
+        )
         assert plan.host_evictions == ("one@1",)
         operation = await load(stage, "three", standby=True)
         assert operation.failure is None
@@ -252,7 +254,7 @@ def test_drain_and_resume(tmp_path: Path) -> None:
         operation = await do(stage, Kind.DRAIN, outgoing=("prose",), in_flight=InFlight.ABORT)
         assert operation.result is not None
         assert operation.result.state == "STAGED"
-        await stage.node._router.publish()
+        await stage.node.parts.router.publish()
         route = stage.gateway.route("prose@1")
         assert (route.disposition, route.state) == ("hold", "STAGED")
         stage.gateway.want(prose=5.0)
@@ -262,7 +264,7 @@ def test_drain_and_resume(tmp_path: Path) -> None:
             await do(stage, Kind.DRAIN, outgoing=("prose",))
         operation = await do(stage, Kind.RESUME, incoming="prose")
         assert operation.failure is None
-        await stage.node._router.publish()
+        await stage.node.parts.router.publish()
         assert stage.gateway.route("prose@1").disposition == "serve"
 
     play(tmp_path, scenario, "prose")
@@ -292,7 +294,7 @@ def test_wishes_that_make_no_sense_are_refused_at_once(
                 await begin(stage, intent)
             assert refused.value.reason == reason
             assert stage.worker.active() == ["prose@1"]
-            assert len(stage.node._operations.all()) == 1
+            assert len(stage.node.parts.operations.all()) == 1
 
     asyncio.run(run())
 
@@ -303,13 +305,13 @@ def test_cancel_while_copying_rolls_back(tmp_path: Path) -> None:
         stage.worker.pause_at = control.Stage.COPYING
         operation = await begin(stage, Intent(Kind.SWAP, outgoing=("prose",), incoming="code"))
         await stage.worker.paused.wait()
-        await stage.node._operations.cancel(operation.name)
+        await stage.node.parts.operations.cancel(operation.name)
         operation = await end(stage, operation)
         assert operation.failure is not None
         assert operation.failure.reason == "CANCELLED"
         assert stage.worker.active() == ["prose@1"]
         with pytest.raises(ControlError, match="cannot be cancelled"):
-            await stage.node._operations.cancel(operation.name)
+            await stage.node.parts.operations.cancel(operation.name)
 
     play(tmp_path, scenario, "prose", "code")
 
@@ -320,7 +322,7 @@ def test_cancel_while_building_gives_the_memory_back(tmp_path: Path) -> None:
         operation = await begin(stage, Intent(Kind.LOAD, incoming="prose"))
         await until(lambda: stage.builders.builds)
         assert stage.node.world.store.reserved_bytes > 0
-        await stage.node._operations.cancel(operation.name)
+        await stage.node.parts.operations.cancel(operation.name)
         operation = await end(stage, operation)
         assert operation.failure is not None
         assert operation.failure.reason == "CANCELLED"
@@ -374,7 +376,7 @@ def test_dry_run_changes_nothing(tmp_path: Path) -> None:
         await load(stage, "prose")
         tables = len(stage.gateway.tables)
         intent = Intent(Kind.SWAP, outgoing=("prose",), incoming="code")
-        operation = await stage.node._conductor.submit(
+        operation = await stage.node.parts.conductor.submit(
             Request("test", "id-1"), intent, validate_only=True
         )
         assert operation.done
@@ -383,7 +385,7 @@ def test_dry_run_changes_nothing(tmp_path: Path) -> None:
         assert operation.plan.build_bytes > 1 << 20
         assert operation.plan.predicted_ms > 0
         assert stage.builders.builds == ["prose"]
-        assert len(stage.node._operations.all()) == 1
+        assert len(stage.node.parts.operations.all()) == 1
         assert len(stage.gateway.tables) == tables
         # The dry run did not use the request's id up.
         assert not (await begin(stage, intent, Request("test", "id-1"))).done

@@ -36,13 +36,13 @@ def play(
 
 async def load(stage: Theatre, model: str, **fields: object) -> Operation:
     intent = Intent(Kind.LOAD, incoming=model, **fields)  # type: ignore[arg-type]
-    operation = await stage.node._conductor.submit(Request("test"), intent)
-    return await stage.node._operations.wait(operation.name, 10)
+    operation = await stage.node.parts.conductor.submit(Request("test"), intent)
+    return await stage.node.parts.operations.wait(operation.name, 10)
 
 
 def by_demand(stage: Theatre) -> list[Operation]:
     """Operations that demand brought about, oldest first."""
-    everything = reversed(stage.node._operations.all())
+    everything = reversed(stage.node.parts.operations.all())
     return [each for each in everything if each.intent.cause is Cause.DEMAND]
 
 
@@ -64,7 +64,7 @@ def test_models_in_turn_where_one_may_be_active(tmp_path: Path) -> None:
         for model in ("code", "prose", "code"):
             stage.gateway.want(**{model: 0.1})
             await until(lambda model=model: stage.worker.active() == [f"{model}@1"])
-        await until(lambda: stage.node._operations.open_count == 0)
+        await until(lambda: stage.node.parts.operations.open_count == 0)
         assert [each.intent.kind for each in by_demand(stage)] == [Kind.SWAP] * 3
         assert all(each.failure is None for each in by_demand(stage))
 
@@ -74,7 +74,7 @@ def test_models_in_turn_where_one_may_be_active(tmp_path: Path) -> None:
 def test_nothing_leaves_before_its_residency_is_over(tmp_path: Path) -> None:
     async def scenario(stage: Theatre) -> None:
         await load(stage, "prose")
-        loop = stage.node._demand
+        loop = stage.node.parts.demand
         stage.gateway.want(code=0.1)
         await until(lambda: stage.node.world.held)
         assert 0 < await loop.look() <= demand_loop.LOOK_INTERVAL_S
@@ -96,8 +96,8 @@ def test_swaps_on_demand_can_be_switched_off(tmp_path: Path) -> None:
     async def scenario(stage: Theatre) -> None:
         stage.gateway.want(prose=9.0)
         await until(lambda: stage.node.world.held)
-        await stage.node._demand.look()
-        assert stage.node._operations.all() == []
+        await stage.node.parts.demand.look()
+        assert stage.node.parts.operations.all() == []
 
     play(tmp_path, scenario, "prose", settings="[scheduling]\nswap_on_demand = false\n")
 
@@ -166,14 +166,14 @@ def test_demand_waits_behind_a_commanded_operation(tmp_path: Path) -> None:
     async def scenario(stage: Theatre) -> None:
         stage.worker.pause_at = control.Stage.COPYING
         intent = Intent(Kind.LOAD, incoming="prose")
-        operation = await stage.node._conductor.submit(Request("test"), intent)
+        operation = await stage.node.parts.conductor.submit(Request("test"), intent)
         await stage.worker.paused.wait()
         stage.gateway.want(code=0.1)
         await until(lambda: stage.node.world.held)
-        await stage.node._demand.look()
+        await stage.node.parts.demand.look()
         assert by_demand(stage) == []
         stage.worker.go_on.set()
-        operation = await stage.node._operations.wait(operation.name, 10)
+        operation = await stage.node.parts.operations.wait(operation.name, 10)
         assert operation.failure is None
         await until(lambda: "code@1" in stage.worker.active())
 

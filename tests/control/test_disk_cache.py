@@ -53,8 +53,8 @@ def play(
 async def submit(stage: Theatre, kind: Kind, model: str, **fields: Any) -> Any:
     which = {"outgoing": (model,)} if kind is Kind.UNLOAD else {"incoming": model}
     intent = Intent(kind, **which, **fields)
-    operation = await stage.node._conductor.submit(Request("test"), intent)
-    return await stage.node._operations.wait(operation.name, None)
+    operation = await stage.node.parts.conductor.submit(Request("test"), intent)
+    return await stage.node.parts.operations.wait(operation.name, None)
 
 
 async def load(stage: Theatre, model: str) -> Any:
@@ -73,7 +73,7 @@ async def saved(stage: Theatre, count: int = 1) -> None:
     """Until so many checkpoints are found by their keys, and nothing is being written."""
     keys = stage.root / "state" / "images"
     await until(lambda: len(list(keys.glob("*.key"))) == count)
-    await until(lambda: stage.node._disk._saving is None)
+    await until(lambda: stage.node.parts.disk._saving is None)
 
 
 def test_a_second_load_is_read_from_disk_also_after_a_restart(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_second_load_is_read_from_disk_also_after_a_restart(tmp_path: Path) ->
         text = await stage.node.metrics()
         assert 'hotbay_image_loads_total{origin="cache"} 1.0' in text
         assert 'hotbay_image_cache_bytes{kind="images"} 1.052672e+06' in text
-        assert stage.node._disk.kept_bytes == IMAGE_BYTES
+        assert stage.node.parts.disk.kept_bytes == IMAGE_BYTES
         await stage.kill()
         await stage.start()
         assert (await load(stage, "prose")).failure is None
@@ -263,7 +263,7 @@ def test_no_more_loads_than_allowed_run_at_once_and_the_others_in_turn(tmp_path:
         reserved = stage.node.world.store.reserved_bytes
         assert reserved == 2 * IMAGE_BYTES  # those that wait hold nothing
         # A call that is cancelled before its operation is written down begins nothing.
-        begun = stage.node._operations._all
+        begun = stage.node.parts.operations._all
         await until(lambda: sum(live.durable.is_set() for live in begun.values()) == 4)
         loads[2].cancel()  # the caller's patience; the operation goes on
         stage.builders.pause.set()
@@ -339,14 +339,14 @@ def test_a_pin_outlives_a_changed_checkpoint_and_asking_changes_nothing(tmp_path
 
 def test_what_is_built_as_fast_as_it_is_read_is_not_written_unless_asked(tmp_path: Path) -> None:
     async def scenario(stage: Theatre) -> None:
-        assert stage.node._disk.budget_bytes == 64 << 30
+        assert stage.node.parts.disk.budget_bytes == 64 << 30
         assert (await load(stage, "prose")).failure is None
-        assert stage.node._disk._wanted == {}
+        assert stage.node.parts.disk._wanted == {}
         digest = stage.node.world.registry["prose@1"].digest
         manifest = stage.node.world.store.manifest(digest)
         packed = msgspec.structs.replace(manifest, piece_weights=4096)
         stage.node.world.store._images[digest].manifest = packed
-        stage.node._disk.save_soon(key_of(tmp_path), digest)
+        stage.node.parts.disk.save_soon(key_of(tmp_path), digest)
         await until(lambda: stage.builders.saves)
         assert stage.builders.saves[0].name == f"{digest}.image"
 

@@ -199,12 +199,12 @@ def test_who_cannot_be_ended_rolls_the_change_back(tmp_path: Path) -> None:
                 return Holder(pid, where, "train.py")
 
             async def end(self, holders: Any) -> None:
-                change = stage.node._layout_changes._open
+                change = stage.node.parts.layout_changes._open
                 assert change is not None
                 journalled.append(change.ending)
                 raise Refused("still there", reason="PARTITION_IN_USE")
 
-        stage.node._layout_changes._forcing._holders = Failing()
+        stage.node.parts.layout_changes._forcing._holders = Failing()
         done = await api.wait(await begin(api, (await plan(api, THREE)).plan_id, force=True))
         assert reason_of(done) == "PARTITION_IN_USE"
         assert journalled == [("pid 71 on gpu0/2g.35gb@0 (train.py)",)]

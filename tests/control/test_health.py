@@ -101,7 +101,7 @@ def test_what_asks_for_a_restart_is_paused_proven_and_goes_on(tmp_path: Path) ->
         assert stage.gateway.history("code@1") == ["serve"]
         stage.gateway.metrics = asyncio.get_running_loop().create_future()
         assert stage.fleet.restarted == []
-        text = stage.node._metrics.text()
+        text = stage.node.parts.metrics.text()
         assert 'hotbay_gpu_xids_total{unit="gpu0",xid="94"} 1.0' in text
         assert 'hotbay_gpu_health_state{state="healthy",unit="gpu0"} 1.0' in text
         told = await gpu(api)

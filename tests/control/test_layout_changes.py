@@ -76,7 +76,7 @@ def board(stage: Theatre) -> list[str]:
 
 
 def clean(stage: Theatre) -> bool:
-    return stage.node._layout_changes._open is None
+    return stage.node.parts.layout_changes._open is None
 
 
 def test_a_plan_is_applied_once_and_partitions_follow(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_every_fail_point_ends_in_one_of_two_layouts(
     async def scenario(api: Api) -> None:
         stage = api.stage
         await api.wait(await api.model("LoadModel", model="prose"))
-        armed = stage.node._conductor._failpoints._actions
+        armed = stage.node.parts.conductor._failpoints._actions
         armed[point] = Action(kind)
         planned = await plan(api, TWO)
         operation = await begin(api, planned.plan_id, request_id="one")
@@ -213,8 +213,8 @@ def test_every_fail_point_ends_in_one_of_two_layouts(
             await until(lambda: not armed)
             await stage.kill()
             await stage.start()
-            await until(lambda: not stage.node._operations.open_count)
-            done = stage.node._operations.get(operation.name)
+            await until(lambda: not stage.node.parts.operations.open_count)
+            done = stage.node.parts.operations.get(operation.name)
             new = point is FailPoint.CUT
             assert (done.result is not None) == new
         assert board(stage) == (["2g.35gb@0", "3g.71gb@4"] if new else ["whole"])

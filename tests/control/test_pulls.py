@@ -41,7 +41,7 @@ async def begin(
     token_file: str = "",
     validate_only: bool = False,
 ) -> Operation:
-    return await stage.node._pulls.submit(
+    return await stage.node.parts.pulls.submit(
         Request("PullModel", request_id, repository + revision),
         name,
         Pulled(repository, revision, token_file=token_file),
@@ -51,7 +51,7 @@ async def begin(
 
 async def pull(stage: Theatre, *arguments: str, **fields: Any) -> Operation:
     operation = await begin(stage, *arguments, **fields)
-    return await stage.node._operations.wait(operation.name, None)
+    return await stage.node.parts.operations.wait(operation.name, None)
 
 
 def directory(stage: Theatre, repository: str = "acme--Tiny") -> Path:
@@ -111,7 +111,7 @@ def test_nothing_changes_for_a_question(tmp_path: Path) -> None:
         assert answer.result is not None
         assert "2 files, 1002 bytes" in answer.result.message
         assert not directory(stage).exists()
-        assert stage.node._operations.all() == []
+        assert stage.node.parts.operations.all() == []
 
     play(tmp_path, scenario)
 
@@ -127,7 +127,7 @@ def test_an_interrupted_pull_goes_on_after_a_restart(tmp_path: Path) -> None:
         stage.pullers.pause.set()
         stage.pullers.commit = "f" * 40  # the branch has moved; the pull has not
         await stage.start()
-        done = await stage.node._operations.wait(begun.name, None)
+        done = await stage.node.parts.operations.wait(begun.name, None)
         assert done.result is not None, done.failure
         assert stage.pullers.resolves[-1].revision == COMMIT
         replayed = await begin(stage, "acme/Tiny", "main", request_id="once")
@@ -148,7 +148,7 @@ def test_while_it_goes_on_after_a_restart_its_directory_is_claimed(tmp_path: Pat
             await begin(stage, name="other")
         assert caught.value.reason == "OPERATION_IN_PROGRESS"
         stage.pullers.pause.set()
-        await stage.node._operations.wait(begun.name, None)
+        await stage.node.parts.operations.wait(begun.name, None)
 
     play(tmp_path, scenario)
 
@@ -163,8 +163,8 @@ def test_cancelling_removes_what_came_and_failing_keeps_it(tmp_path: Path) -> No
         stage.pullers.pause = asyncio.Event()
         begun = await begin(stage)
         await until(lambda: len(stage.pullers.fetches) == 2)
-        await stage.node._operations.cancel(begun.name)
-        done = await stage.node._operations.wait(begun.name, None)
+        await stage.node.parts.operations.cancel(begun.name)
+        done = await stage.node.parts.operations.wait(begun.name, None)
         assert done.failure is not None
         assert done.failure.reason == "CANCELLED"
         assert files(directory(stage)) == []
@@ -190,10 +190,10 @@ def test_no_more_pulls_than_allowed_run_at_once(tmp_path: Path) -> None:
         stage.pullers.pause = asyncio.Event()
         begun = [await begin(stage, f"acme/m{index}") for index in range(3)]
         await until(lambda: stage.pullers.fetches)
-        assert [each.stage for each in stage.node._operations.all()].count(Stage.QUEUED) == 2
+        assert [each.stage for each in stage.node.parts.operations.all()].count(Stage.QUEUED) == 2
         stage.pullers.pause.set()
         for each in begun:
-            done = await stage.node._operations.wait(each.name, None)
+            done = await stage.node.parts.operations.wait(each.name, None)
             assert done.failure is None
         assert stage.pullers.most_fetching == 1
 

@@ -20,11 +20,11 @@ QUIET = "[scheduling]\nmin_residency_s = 3600\n"
 
 async def begin(stage: Theatre, kind: Kind, **fields: object) -> Operation:
     intent = Intent(kind, **fields)  # type: ignore[arg-type]
-    return await stage.node._conductor.submit(Request("test"), intent)
+    return await stage.node.parts.conductor.submit(Request("test"), intent)
 
 
 async def run(stage: Theatre, kind: Kind, **fields: object) -> Operation:
-    return await stage.node._operations.wait((await begin(stage, kind, **fields)).name, 10)
+    return await stage.node.parts.operations.wait((await begin(stage, kind, **fields)).name, 10)
 
 
 def overwrite(path: Path) -> None:
@@ -78,13 +78,13 @@ def test_exchange_that_goes_on_without_hotbayd_is_followed_to_its_end(
             await stage.worker.paused.wait()
             await stage.kill()
             await stage.start()
-            held = stage.node._operations.holder("partition:gpu0")
+            held = stage.node.parts.operations.holder("partition:gpu0")
             assert held is not None
             assert held.name == operation.name
             assert serving(stage) == ({"prose@1": "gpu0"})
             stage.worker.go_on.set()
-            operation = await stage.node._operations.wait(operation.name, 10)
-            await stage.node._router.publish()
+            operation = await stage.node.parts.operations.wait(operation.name, 10)
+            await stage.node.parts.router.publish()
             if ends == "committed":
                 assert operation.failure is None
                 assert serving(stage) == {"code@1": "gpu0"}
@@ -95,7 +95,7 @@ def test_exchange_that_goes_on_without_hotbayd_is_followed_to_its_end(
                 assert serving(stage) == {"prose@1": "gpu0"}
             await stage.kill()
             await stage.start()
-            assert stage.node._operations.get(operation.name).done
+            assert stage.node.parts.operations.get(operation.name).done
 
     asyncio.run(scenario())
 
@@ -117,22 +117,22 @@ def test_daemon_that_breaks_at_a_fail_point_leaves_a_sound_node(
                 operation = await begin(stage, Kind.DRAIN, outgoing=("prose",))
             else:
                 operation = await begin(stage, Kind.SWAP, outgoing=("prose",), incoming="code")
-            failpoints = stage.node._conductor._failpoints
+            failpoints = stage.node.parts.conductor._failpoints
             await until(lambda: not failpoints._actions)
             if action == "hang":
                 await stage.kill()
                 stage.settings = QUIET
                 await stage.start()
-            operation = await stage.node._operations.wait(operation.name, 10)
+            operation = await stage.node.parts.operations.wait(operation.name, 10)
             assert operation.done
             committed = point in (FailPoint.EXCHANGED, FailPoint.PLACED)
             expected = ["code@1"] if committed else ["prose@1"]
             await until(lambda: stage.worker.active() == expected)
-            await stage.node._router.publish()
+            await stage.node.parts.router.publish()
             assert list(serving(stage)) == expected
             assert list(stage.node.world.placements) == expected
             assert stage.node.world.store.reserved_bytes == 0
-            assert stage.node._operations.holder("partition:gpu0") is None
+            assert stage.node.parts.operations.holder("partition:gpu0") is None
             # And it is as good as new.
             other = "prose" if committed else "code"
             operation = await run(
@@ -162,7 +162,7 @@ def test_worker_that_dies_in_mid_swap_comes_back_with_the_old_model(tmp_path: Pa
             await stage.fleet.connect("gpu0")
             await until(lambda: serving(stage) == {"prose@1": "gpu0"})
             assert stage.builders.builds == [], "warm: from the host store, not from disk"
-            newest = stage.node._operations.all()[0]
+            newest = stage.node.parts.operations.all()[0]
             assert (newest.intent.cause, newest.failure) == (Cause.RECOVERY, None)
 
     asyncio.run(scenario())
@@ -178,7 +178,7 @@ def test_model_that_takes_its_worker_down_again_and_again_is_left_off(tmp_path: 
                 stage.worker.die_at = control.Stage.COPYING
                 await stage.fleet.connect("gpu0")
                 await until(lambda: stage.worker.die_at is None or stage.node.world.warnings)
-                await until(lambda: stage.node._operations.open_count == 0)
+                await until(lambda: stage.node.parts.operations.open_count == 0)
             assert "ended 3 times" in stage.node.world.warnings[-1]
             assert stage.node.world.placements == {}
 
@@ -236,7 +236,7 @@ def test_drained_model_stays_drained_over_a_restart(tmp_path: Path) -> None:
             operation = await run(stage, Kind.RESUME, incoming="prose")
             assert operation.failure is None
             assert stage.worker.active() == ["prose@1"]
-            await stage.node._router.publish()
+            await stage.node.parts.router.publish()
             assert serving(stage) == {"prose@1": "gpu0"}
 
     asyncio.run(scenario())

@@ -47,14 +47,14 @@ def play(
 
 async def load(stage: Theatre, model: str) -> Any:
     intent = Intent(Kind.LOAD, incoming=model, standby=True)
-    operation = await stage.node._conductor.submit(Request("test"), intent)
-    return await stage.node._operations.wait(operation.name, None)
+    operation = await stage.node.parts.conductor.submit(Request("test"), intent)
+    return await stage.node.parts.operations.wait(operation.name, None)
 
 
 async def evict(stage: Theatre, model: str) -> Any:
     intent = Intent(Kind.UNLOAD, outgoing=(model,), evict=True)
-    operation = await stage.node._conductor.submit(Request("test"), intent)
-    return await stage.node._operations.wait(operation.name, None)
+    operation = await stage.node.parts.conductor.submit(Request("test"), intent)
+    return await stage.node.parts.operations.wait(operation.name, None)
 
 
 def settled(stage: Theatre, *sizes: int) -> Callable[[], bool]:
@@ -111,7 +111,7 @@ def test_it_is_shown_and_counted_apart(tmp_path: Path) -> None:
         assert store.used_bytes == SMALL + OVERHEAD
         assert "4 KiB pages" in store.pages
         assert [image.page_bytes for image in store.images] == [4096]
-        lines = stage.node._metrics.text().splitlines()
+        lines = stage.node.parts.metrics.text().splitlines()
         shown = next(line for line in lines if 'bytes{kind="spare"}' in line)
         assert float(shown.split()[-1]) == LARGE + OVERHEAD
 
@@ -160,7 +160,7 @@ def test_nothing_is_touched_during_a_load(tmp_path: Path) -> None:
         await until(lambda: stage.builders.builds)
         await until(settled(stage))  # given up, and its memory freed
         touches = len(stage.builders.touches)
-        stage.node._spare.wake()
+        stage.node.parts.spare.wake()
         await asyncio.sleep(0.01)
         assert len(stage.builders.touches) == touches
         stage.builders.pause_touch.set()

@@ -102,12 +102,12 @@ def test_standby_models_are_staged_ahead_and_what_was_displaced_is_left_alone(
         (request,) = stage.worker.stagings
         assert (request.incoming.model, request.displace) == ("code@1", False)
         (record,) = [
-            each for each in stage.node._operations.all() if each.intent.kind is Kind.STAGE
+            each for each in stage.node.parts.operations.all() if each.intent.kind is Kind.STAGE
         ]
         assert record.intent.cause is Cause.AHEAD
         stage.worker.become("code@1", control.EngineStatus.STANDBY, spare=False)
         await world.worker("gpu0").describe()
-        await stage.node._stage_ahead.look()
+        await stage.node.parts.stage_ahead.look()
         assert len(stage.worker.stagings) == 1
 
     play(tmp_path, scenario, "prose", "code")
@@ -178,7 +178,7 @@ def test_a_swap_tells_what_was_foreseen_and_what_it_took(tmp_path: Path) -> None
         assert told.metadata.Unpack(metadata)
         assert metadata.ledger.predicted_ms == pytest.approx(metadata.plan.predicted_ms)
         assert metadata.ledger.predicted_ms > 0
-        text = stage.node._metrics.text()
+        text = stage.node.parts.metrics.text()
         assert "hotbay_swap_prediction_ratio_count 2.0" in text
 
     play(tmp_path, scenario, "prose", "code", settings=OFF)

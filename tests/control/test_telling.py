@@ -43,7 +43,7 @@ def test_watch_over_the_wire(tmp_path: Path) -> None:
         revisions = [each.revision for each in events if each.type == 3]
         assert revisions == sorted(set(revisions))
         stream.cancel()
-        await until(lambda: api.stage.node._hub.watchers == 0)
+        await until(lambda: api.stage.node.parts.hub.watchers == 0)
 
     play(tmp_path, scenario, "prose")
 
@@ -109,7 +109,7 @@ def test_every_phase_of_a_swap_is_in_the_histogram(tmp_path: Path) -> None:
     )
 
     async def scenario(api: Api) -> None:
-        metrics = api.stage.node._metrics
+        metrics = api.stage.node.parts.metrics
         metrics.exchanged(ExchangeResult("operations/1", "code@1", "prose@1", ledger=ledger))
         text = metrics.text()
         told = {field: getattr(ledger, field) for field in ledger.__struct_fields__}

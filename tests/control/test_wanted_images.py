@@ -31,11 +31,11 @@ def play(
 
 async def begin(stage: Theatre, model: str, *, standby: bool = False) -> Operation:
     intent = Intent(Kind.LOAD, incoming=model, standby=standby)
-    return await stage.node._conductor.submit(Request("test"), intent)
+    return await stage.node.parts.conductor.submit(Request("test"), intent)
 
 
 async def end(stage: Theatre, operation: Operation) -> Operation:
-    return await stage.node._operations.wait(operation.name, None)
+    return await stage.node.parts.operations.wait(operation.name, None)
 
 
 async def load(stage: Theatre, model: str, *, standby: bool = False) -> Operation:
@@ -49,7 +49,7 @@ async def mapped(stage: Theatre, count: int) -> None:
 
 def test_an_image_that_was_just_built_is_not_taken_for_room(tmp_path: Path) -> None:
     async def scenario(stage: Theatre) -> None:
-        images, go_on = stage.node._images, asyncio.Event()
+        images, go_on = stage.node.parts.images, asyncio.Event()
         keep, kept = images._custody.keep, []
 
         async def slow_keep(digest: str, descriptor: int) -> None:
@@ -120,7 +120,7 @@ def test_an_image_is_not_evicted_by_hand_while_it_is_being_brought(tmp_path: Pat
         bringing = await begin(stage, "alias")
         await stage.worker.paused.wait()
         intent = Intent(Kind.UNLOAD, outgoing=("one",), evict=True)
-        unload = await end(stage, await stage.node._conductor.submit(Request("test"), intent))
+        unload = await end(stage, await stage.node.parts.conductor.submit(Request("test"), intent))
         assert unload.failure is not None
         assert unload.failure.reason == "IMAGE_IN_USE"
         assert "gpuctl op ls --running" in unload.failure.message
@@ -155,7 +155,7 @@ def test_a_load_that_fails_leaves_no_image_and_no_claim_on_one(
         done = await load(stage, "one")
         assert done.failure is not None
         assert stage.node.world.store.images() == ()
-        assert stage.node._images._in_use == {}
+        assert stage.node.parts.images._in_use == {}
         stage.worker.fail_at = None
         assert (await load(stage, "one")).failure is None
 

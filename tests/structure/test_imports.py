@@ -36,7 +36,7 @@ CONTROL_ARROWS: dict[str, tuple[str, ...]] = {
     "services": ("actions", "state", "processes", "doctor"),
 }
 CONTROL_BASE = ("config", "config_text", "errors", "failpoints", "lock", "notify", "processor")
-CONTROL_TOP = (["main"], ["lifetime"], ["node"])
+CONTROL_TOP = (["main"], ["lifetime"], ["node"], ["parts"])
 OURS = {"hotbay", "partitioner", "swap", "engine", "daemon"}
 WITHOUT_TORCH = (
     "daemon.control.main",
@@ -104,12 +104,7 @@ def test_the_folders_of_the_daemon_import_one_way() -> None:
     wrong = []
     for module, path in modules().items():
         parts = module.split(".")
-        if parts[:2] != ["daemon", "control"] or parts[2:3] in (
-            [],
-            ["main"],
-            ["lifetime"],
-            ["node"],
-        ):
+        if parts[:2] != ["daemon", "control"] or parts[2:3] in ([], *CONTROL_TOP):
             continue
         allowed = (*CONTROL_BASE, *CONTROL_ARROWS.get(parts[2], ()), parts[2])
         for name in imported(path, module):
