@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,3 +115,19 @@ def verse(poem: Model) -> Model:
     from tests.worker.preserving import PackedModel
 
     return PackedModel.of("verse@1", poem)
+
+
+@pytest.fixture
+def bench(poem: Model, tale: Model, prose: Model) -> Iterator[Callable[..., Any]]:
+    """Makes workers' engines and exchanges in the test's own thread (`tests.worker.preserving`)."""
+    from tests.worker.preserving import Bench
+
+    made: list[Bench] = []
+
+    def make(pages: int, parking_bytes: int, more: Sequence[Model] = (), **values: Any) -> Bench:
+        made.append(Bench([poem, tale, prose, *more], pages, parking_bytes, **values))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
