@@ -70,7 +70,7 @@ def play(
             for name in NAMES:
                 stage.workers[name] = Worker(root / "run", name, 64 << 20)
             await stage.start()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 path = stage.config().control_socket
                 async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
                     await scenario(Api(stage, channel), Host(stage, patch))

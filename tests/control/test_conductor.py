@@ -27,7 +27,7 @@ def play(root: Path, scenario: Scenario, *models: str, **options: object) -> Non
     async def run() -> None:
         options.setdefault("settings", QUIET)
         async with staged(root, *models, **options) as stage:  # type: ignore[arg-type]
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 await scenario(stage)
 
     asyncio.run(run())
@@ -38,7 +38,7 @@ async def begin(stage: Theatre, intent: Intent, request: Request | None = None) 
 
 
 async def end(stage: Theatre, operation: Operation) -> Operation:
-    return await stage.node.parts.operations.wait(operation.name, 10)
+    return await stage.node.parts.operations.wait(operation.name, 100)
 
 
 async def do(stage: Theatre, kind: Kind, **fields: object) -> Operation:

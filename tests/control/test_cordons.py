@@ -23,7 +23,7 @@ ACTIVE = 4
 def play(root: Path, scenario: Callable[[Api], Awaitable[None]], *models: str) -> None:
     async def run() -> None:
         async with staged(root, *models, gpus=2, settings=QUIET) as stage:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 path = stage.config().control_socket
                 async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
                     await scenario(Api(stage, channel))

@@ -28,7 +28,7 @@ def play(
 ) -> None:
     async def run() -> None:
         async with staged(root, *models, settings=settings, gpus=gpus) as stage:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 await scenario(stage)
 
     asyncio.run(run())
@@ -37,7 +37,7 @@ def play(
 async def load(stage: Theatre, model: str, **fields: object) -> Operation:
     intent = Intent(Kind.LOAD, incoming=model, **fields)  # type: ignore[arg-type]
     operation = await stage.node.parts.conductor.submit(Request("test"), intent)
-    return await stage.node.parts.operations.wait(operation.name, 10)
+    return await stage.node.parts.operations.wait(operation.name, 100)
 
 
 def by_demand(stage: Theatre) -> list[Operation]:
@@ -173,7 +173,7 @@ def test_demand_waits_behind_a_commanded_operation(tmp_path: Path) -> None:
         await stage.node.parts.demand.look()
         assert by_demand(stage) == []
         stage.worker.go_on.set()
-        operation = await stage.node.parts.operations.wait(operation.name, 10)
+        operation = await stage.node.parts.operations.wait(operation.name, 100)
         assert operation.failure is None
         await until(lambda: "code@1" in stage.worker.active())
 

@@ -43,7 +43,7 @@ def play(
         settings += kept_within(CACHE_BYTES)
 
     async def main() -> None:
-        async with asyncio.timeout(30), staged(tmp_path, *models, settings=settings) as stage:
+        async with asyncio.timeout(120), staged(tmp_path, *models, settings=settings) as stage:
             stage.builders.key = key_of
             await scenario(stage)
 

@@ -34,7 +34,7 @@ def play(
 ) -> None:
     async def run() -> None:
         async with staged(root, *models, gpus=gpus, settings=SETTINGS) as stage:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 await hearing(stage.board)
                 path = stage.config().control_socket
                 async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
@@ -252,7 +252,7 @@ def test_a_swap_under_way_is_taken_back_first(tmp_path: Path) -> None:
         worker = api.stage.worker
         worker.pause_at = Stage.COPYING
         begun = await api.model("SwapModel", outgoing="prose", incoming="code")
-        await asyncio.wait_for(worker.paused.wait(), 10)
+        await asyncio.wait_for(worker.paused.wait(), 60)
         trouble.report_xid(api.stage.board, "gpu0", 13)
         ended = await api.wait(begun)
         assert ended.error.message

@@ -69,7 +69,7 @@ async def bench(directory: Path, **limits: float) -> AsyncIterator[Bench]:
 
 def play(directory: Path, scenario: Callable[[Bench], Awaitable[None]], **limits: float) -> None:
     async def main() -> None:
-        async with bench(directory, **limits) as stage, asyncio.timeout(10):
+        async with bench(directory, **limits) as stage, asyncio.timeout(120):
             await scenario(stage)
 
     asyncio.run(main())

@@ -25,7 +25,7 @@ def play(
     tmp_path: Path, scenario: Callable[[Theatre], Awaitable[None]], settings: str = SETTINGS
 ) -> None:
     async def main() -> None:
-        async with asyncio.timeout(30), staged(tmp_path, settings=settings) as stage:
+        async with asyncio.timeout(120), staged(tmp_path, settings=settings) as stage:
             await scenario(stage)
 
     asyncio.run(main())

@@ -24,7 +24,7 @@ async def begin(stage: Theatre, kind: Kind, **fields: object) -> Operation:
 
 
 async def run(stage: Theatre, kind: Kind, **fields: object) -> Operation:
-    return await stage.node.parts.operations.wait((await begin(stage, kind, **fields)).name, 10)
+    return await stage.node.parts.operations.wait((await begin(stage, kind, **fields)).name, 100)
 
 
 def overwrite(path: Path) -> None:
@@ -83,7 +83,7 @@ def test_exchange_that_goes_on_without_hotbayd_is_followed_to_its_end(
             assert held.name == operation.name
             assert serving(stage) == ({"prose@1": "gpu0"})
             stage.worker.go_on.set()
-            operation = await stage.node.parts.operations.wait(operation.name, 10)
+            operation = await stage.node.parts.operations.wait(operation.name, 100)
             await stage.node.parts.router.publish()
             if ends == "committed":
                 assert operation.failure is None
@@ -123,7 +123,7 @@ def test_daemon_that_breaks_at_a_fail_point_leaves_a_sound_node(
                 await stage.kill()
                 stage.settings = QUIET
                 await stage.start()
-            operation = await stage.node.parts.operations.wait(operation.name, 10)
+            operation = await stage.node.parts.operations.wait(operation.name, 100)
             assert operation.done
             committed = point in (FailPoint.EXCHANGED, FailPoint.PLACED)
             expected = ["code@1"] if committed else ["prose@1"]

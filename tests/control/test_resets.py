@@ -28,7 +28,7 @@ def play(root: Path, scenario: Callable[[Api], Awaitable[None]], *models: str) -
             stage.board.gpus[0].board = load_catalogue().board("a100-80")
             stage.workers[NAME] = Worker(root / "run", NAME, 64 << 20)
             await stage.start()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 path = stage.config().control_socket
                 async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
                     await scenario(Api(stage, channel))

@@ -35,7 +35,7 @@ def play(
 ) -> None:
     async def main() -> None:
         async with (
-            asyncio.timeout(30),
+            asyncio.timeout(120),
             staged(tmp_path, settings=QUIET + settings, start=False) as stage,
         ):
             stage.model("small", bytes=str(SMALL))

@@ -23,7 +23,7 @@ def play(
     settings = QUIET + f"[host_store]\nbudget_bytes = {images * IMAGE_BYTES}\n"
 
     async def main() -> None:
-        async with asyncio.timeout(30), staged(root, *models, settings=settings) as stage:
+        async with asyncio.timeout(120), staged(root, *models, settings=settings) as stage:
             await scenario(stage)
 
     asyncio.run(main())

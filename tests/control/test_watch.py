@@ -44,7 +44,7 @@ class Scene:
 
 
 async def take(stream: Any, count: int) -> list[watch_pb2.WatchEvent]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(120):
         return [await anext(stream) for _ in range(count)]
 
 

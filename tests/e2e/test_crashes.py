@@ -19,7 +19,7 @@ from tests.e2e.traffic import Outcome, complete, one_stream, openai_client
 
 TOKENS = 24
 LONG_TOKENS = 400
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 def processes(node: LocalNode) -> dict[str, int]:

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.e2e.conftest import REPOSITORY, NodeMaker, Oracle
 from tests.gpuctl.conftest import in_process
 
-SETTLE_S = 10.0
+SETTLE_S = 120.0
 
 
 def truncated(directory: Path) -> None:

@@ -33,7 +33,7 @@ def test_killed_at_a_fail_point(
             node.client.drain("prose")
         else:
             node.client.swap("prose", "code")
-    assert psutil.wait_procs([daemon], timeout=30)[1] == [], "the point was reached"
+    assert psutil.wait_procs([daemon], timeout=100)[1] == [], "the point was reached"
     monkeypatch.delenv("HOTBAY_FAILPOINTS")
     node.kill()  # it is dead already; this collects it
     node.start()

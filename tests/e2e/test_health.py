@@ -19,7 +19,7 @@ STREAMS = 2
 TOKENS = 96
 # So long that nothing goes on before the test says so: the driver's own word ends the waiting.
 WAITING_S = 3600
-BOUND_S = 60.0
+BOUND_S = 120.0
 TAINTED = partition_pb2.PARTITION_HEALTH_TAINTED
 
 

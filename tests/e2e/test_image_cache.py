@@ -15,14 +15,14 @@ from tests.e2e.conftest import PROMPTS, REPOSITORY, NodeMaker, Oracle
 
 PROMPT = PROMPTS["prose"][0]
 TOKENS = 12
-WRITTEN_TIMEOUT_S = 20.0
+WRITTEN_TIMEOUT_S = 120.0
 CACHE_BYTES = 256 << 20
 ALTERED_BYTES = 200_000
 
 
 def ask(node: LocalNode) -> str:
     body = {"model": "prose", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
-    answer = httpx.post(f"{node.http_url}/v1/completions", json=body, timeout=30)
+    answer = httpx.post(f"{node.http_url}/v1/completions", json=body, timeout=100)
     assert answer.status_code == 200, answer.text
     text: str = answer.json()["choices"][0]["text"]
     return text
@@ -30,7 +30,7 @@ def ask(node: LocalNode) -> str:
 
 def loads(node: LocalNode, origin: str) -> float:
     """Images that this daemon brought to memory from there."""
-    text = httpx.get(f"{node.http_url}/metrics", timeout=10).text
+    text = httpx.get(f"{node.http_url}/metrics", timeout=100).text
     line = f'hotbay_image_loads_total{{origin="{origin}"}}'
     return next(float(each.split()[1]) for each in text.splitlines() if each.startswith(line))
 

@@ -104,7 +104,7 @@ def test_killed(
     plan_id = node.client.plan_layout(TWO).plan_id
     with contextlib.suppress(HotbayError):  # the answer may be lost with the daemon
         node.client.apply_layout(plan_id)
-    assert psutil.wait_procs([daemon], timeout=30)[1] == [], "the point was reached"
+    assert psutil.wait_procs([daemon], timeout=100)[1] == [], "the point was reached"
     monkeypatch.delenv("HOTBAY_FAILPOINTS")
     node.kill()  # it is dead already; this collects it
     node.start()

@@ -89,13 +89,13 @@ def test_drain_and_resume(start_node: NodeMaker) -> None:
     )
     url = f"{node.http_url}/v1/completions"
     body = {"model": "prose", "prompt": "The licence", "max_tokens": 4}
-    assert httpx.post(url, json=body, timeout=30).status_code == 200
+    assert httpx.post(url, json=body, timeout=100).status_code == 200
     node.client.wait(node.client.drain("prose"))
-    held = httpx.post(url, json=body, timeout=30)
+    held = httpx.post(url, json=body, timeout=100)
     assert held.status_code == 503
     assert "retry-after" in held.headers
     node.client.wait(node.client.resume("prose"))
-    assert httpx.post(url, json=body, timeout=30).status_code == 200
+    assert httpx.post(url, json=body, timeout=100).status_code == 200
 
 
 def test_unload_gives_everything_back(start_node: NodeMaker) -> None:

@@ -62,7 +62,7 @@ def swap(node: LocalNode, outgoing: str, incoming: str, in_flight: InFlight) -> 
 
 
 def computed_tokens(url: str) -> int:
-    text = httpx.get(f"{url}/metrics", timeout=10).text
+    text = httpx.get(f"{url}/metrics", timeout=100).text
     found = re.search(r'hotbay_engine_computed_tokens_total\{model="prose@1".*\} (\S+)', text)
     return int(float(found.group(1))) if found else 0
 

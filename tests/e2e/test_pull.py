@@ -22,7 +22,7 @@ PROSE = REPOSITORY / "prose" / "1"
 WEIGHTS = "model.safetensors"
 WEIGHTS_BYTES = (PROSE / WEIGHTS).stat().st_size
 STOP_BYTES = 2 << 20
-SETTLE_S = 20.0
+SETTLE_S = 120.0
 
 
 @pytest.fixture

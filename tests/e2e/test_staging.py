@@ -14,7 +14,7 @@ from hotbay.v1 import common_pb2, model_pb2, node_pb2
 from tests.e2e.conftest import PROMPTS, NodeMaker, Oracle
 
 TOKENS = 12
-STAGED_S = 20.0
+STAGED_S = 120.0
 
 
 def state(node: LocalNode, model: str) -> tuple[int, str]:

@@ -42,7 +42,7 @@ from swap.segment import Segment
 from swap.store import HostStore
 
 ROOT = Path(__file__).parents[2]
-CALL_S = 60.0
+CALL_S = 120.0
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",

@@ -23,7 +23,7 @@ from swap.segment import Segment
 from swap.writing import write_manifest
 from tests.engine.test_builder import Session, builder, hollow_checkpoint
 
-TEST_S = 60.0
+TEST_S = 120.0
 EXAMPLE = Path(__file__).parents[2] / "examples" / "models" / "prose" / "1"
 
 

@@ -11,7 +11,7 @@ from engine.link.build import Build, Built, Failed, Inspect, Inspected, Touch, T
 from swap.segment import Segment
 from tests.engine.test_builder import Session, builder
 
-TEST_S = 60.0
+TEST_S = 120.0
 EXAMPLE = Path(__file__).parents[2] / "examples" / "models" / "prose" / "1"
 
 

@@ -32,7 +32,7 @@ def started(node: ScriptedNode, *arguments: str) -> Iterator[subprocess.Popen[st
 def wait_until_asked(node: ScriptedNode, method: str) -> None:
     """Until a call of `method` has arrived: the process is then inside it."""
     with node.changed:
-        arrived = node.changed.wait_for(lambda: method in node.calls, timeout=30)
+        arrived = node.changed.wait_for(lambda: method in node.calls, timeout=100)
     assert arrived
 
 
@@ -41,7 +41,7 @@ def test_ctrl_c_detaches_and_names_the_operation(node: ScriptedNode) -> None:
     with started(node, "swap", "prose", "code") as process:
         wait_until_asked(node, "WaitOperation")
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines() == [
         "gpuctl: detached; operations/0001 goes on",
@@ -58,7 +58,7 @@ def test_ctrl_c_ends_a_follower_quietly(node: ScriptedNode) -> None:
         assert process.stdout is not None
         assert "synced" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=100)
     assert process.returncode == 130
     assert err == "gpuctl: interrupted\n"
     assert "Traceback" not in err

@@ -38,7 +38,7 @@ def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], Awaitable[Any]
 
     def go(main: Callable[[], Awaitable[Any]]) -> Any:
         async def bounded() -> Any:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 return await main()
 
         with asyncio.Runner(loop_factory=LOOPS[request.param]) as runner:

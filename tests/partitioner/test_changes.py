@@ -234,7 +234,7 @@ def test_a_change_that_hangs_does_not_hold_its_caller(node: SimulatedNode) -> No
         with pytest.raises(NvmlTimeoutError):
             await nvml.reread(gpu.uuid)
         stall.released.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             while True:
                 try:
                     late = await nvml.reread(gpu.uuid)

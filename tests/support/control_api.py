@@ -65,7 +65,7 @@ async def refusal(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str, dict[str,
 
 def play(root: Path, scenario: Callable[[Api], Awaitable[None]], *models: str) -> None:
     async def run() -> None:
-        async with staged(root, *models, settings=QUIET) as stage, asyncio.timeout(20):
+        async with staged(root, *models, settings=QUIET) as stage, asyncio.timeout(120):
             path = stage.config().control_socket
             async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
                 await scenario(Api(stage, channel))

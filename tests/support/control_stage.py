@@ -35,7 +35,7 @@ from tests.support.pullers import Pullers
 
 async def until(condition: Callable[[], object]) -> None:
     """Let everything else run until the condition holds; the caller bounds it in time."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while not condition():  # noqa: ASYNC110 (what is awaited happens behind sockets)
             await asyncio.sleep(0.001)
 

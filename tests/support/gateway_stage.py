@@ -42,8 +42,8 @@ from engine.link.routes import (
 from tests.support.scripted_worker import Script, ScriptedWorker
 
 Result = TypeVar("Result")
-START_TIMEOUT_S = 20.0
-FACT_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 120.0
+FACT_TIMEOUT_S = 120.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -96,7 +96,7 @@ class ScriptedDaemon:
     async def ask(self, message: Any, *descriptors: int) -> Any:
         """Call, and the reply with its descriptors if it has any."""
         assert self.peer is not None
-        reply, attached = await self.peer.call(message, descriptors, timeout_s=5)
+        reply, attached = await self.peer.call(message, descriptors, timeout_s=60)
         return (reply, attached) if attached else reply
 
     async def leave(self) -> None:
@@ -132,7 +132,7 @@ class GatewayStage:
         self.do(self.daemon.connect())
         state = self.ask(Describe())
         self.http, self.grpc = f"http://{state.http}", state.grpc
-        self.client = httpx.Client(base_url=self.http, timeout=20)
+        self.client = httpx.Client(base_url=self.http, timeout=100)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -32,8 +32,8 @@ from swap.image import Manifest, plan_image, segment_bytes
 from swap.segment import Segment
 
 ROOT = Path(__file__).parents[2]
-CALL_TIMEOUT_S = 30.0
-START_TIMEOUT_S = 30.0
+CALL_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 120.0
 MEMORY_BYTES = 24 << 20
 
 

@@ -15,7 +15,7 @@ from swap.image import segment_bytes
 from swap.segment import Segment
 from tests.swap.test_cached_image import bare
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 class QueueingDisk:

@@ -14,7 +14,7 @@ import pytest
 
 from swap.shared_link import Link, OwnLink, SharedLink
 
-WAIT_S = 20.0
+WAIT_S = 120.0
 NEVER = threading.Event()
 
 HOLDER = """

@@ -65,7 +65,7 @@ def test_sending_a_large_message_to_a_vanished_peer_never_hangs() -> None:
         large = control.Failed(call=1, reason="X", message="x" * (OUTBOX_BYTES_HIGH * 2))
         link.post(large)
         with pytest.raises(LinkClosed):
-            await asyncio.wait_for(link.send(control.Done(1)), 5)
+            await asyncio.wait_for(link.send(control.Done(1)), 60)
 
     asyncio.run(run())
 
@@ -77,7 +77,7 @@ def test_a_frame_that_lacks_its_descriptors_closes_the_link_and_leaks_none() -> 
         link = Link(here, control.Done, name="peer")
         send_with_descriptors(there, frame(control.Done(1), announced=3), 2)
         with pytest.raises(FrameInvalid, match="did not send"):
-            await asyncio.wait_for(link.receive(), 5)
+            await asyncio.wait_for(link.receive(), 60)
         # The link's own end is closed, and nothing it received is still open.
         assert open_descriptors() == before - 1
         there.close()
@@ -93,9 +93,9 @@ def test_descriptors_nobody_announced_are_bounded() -> None:
         for _ in range(2):
             send_with_descriptors(there, frame(control.Done(1)), DESCRIPTORS_PER_FRAME_MAX)
         for _ in range(2):
-            assert (await asyncio.wait_for(link.receive(), 5))[0] == control.Done(1)
+            assert (await asyncio.wait_for(link.receive(), 60))[0] == control.Done(1)
         with pytest.raises(FrameInvalid, match="did not announce"):
-            await asyncio.wait_for(link.receive(), 5)
+            await asyncio.wait_for(link.receive(), 60)
         assert open_descriptors() == before - 1
         there.close()
 
@@ -121,7 +121,7 @@ def test_a_call_to_a_peer_that_stopped_reading_times_out() -> None:
         for _ in range(4):
             peer.post(control.Failed(call=0, reason="X", message="x" * OUTBOX_BYTES_HIGH))
         with pytest.raises(CallTimedOut):
-            await asyncio.wait_for(peer.call(control.Describe(), timeout_s=0.05), 5)
+            await asyncio.wait_for(peer.call(control.Describe(), timeout_s=0.05), 60)
         await peer.close()
         there.close()
 
@@ -145,7 +145,7 @@ def test_a_reply_without_a_number_is_an_event() -> None:
             on_close=lambda error: None,
         )
         there.sendall(frame(control.Done(0)))
-        assert await asyncio.wait_for(events.get(), 5) == control.Done(0)
+        assert await asyncio.wait_for(events.get(), 60) == control.Done(0)
         await peer.close()
         there.close()
 

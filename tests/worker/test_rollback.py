@@ -31,7 +31,7 @@ from tests.support.worker_stage import BuiltImage, greedy, load, worker_process
 from tests.worker.conftest import Model, serving
 
 PROMPT = [5, 9, 101, 44, 7]
-WAIT_S = 20.0
+WAIT_S = 120.0
 
 
 def with_wrong_checksums(image: BuiltImage) -> BuiltImage:
