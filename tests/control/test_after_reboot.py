@@ -21,8 +21,13 @@ from tests.support.control_api import QUIET, Api
 from tests.support.control_peers import Worker
 from tests.support.control_stage import Theatre, staged, until
 
-BOOTS = ("node", "actions.layouts", "actions.layout_changes", "actions.layout_marks",
-         "actions.after_reboot")  # fmt: skip
+BOOTS = (
+    "actions.after_reboot",
+    "actions.layout_changes",
+    "actions.layout_marks",
+    "actions.layouts",
+    "state.remembered_world",
+)
 Scenario = Callable[[Api, "Host"], Awaitable[None]]
 
 

@@ -85,7 +85,8 @@ def with_layouts(scenario: Any) -> None:
 
     async def run(node: SimulatedNode) -> None:
         nvml = BoundedNvml()
-        world: Any = SimpleNamespace(gpus=(), owned=(), processes=SimpleNamespace(workers={}))
+        processes = SimpleNamespace(workers={})
+        world: Any = SimpleNamespace(gpus=(), owned=(), owners={}, processes=processes)
         await scenario(node, Layouts(world, nvml.discover, nvml.geometry, MemorySharing()))
         await nvml.close()
 
