@@ -131,13 +131,7 @@ def test_an_idle_gateway_ends_at_once(own_stage: GatewayStage) -> None:
 
 
 def test_a_killed_gateway_starts_again_in_the_same_directory(own_stage: GatewayStage) -> None:
-    own_stage.process.kill()
-    own_stage.process.wait()
-    (own_stage.directory / "gateway.log").unlink()
-    own_stage.process = own_stage.start_process()
-    until(own_stage._started, "the second gateway listens", 20)
-    own_stage.do(own_stage.daemon.leave())
-    own_stage.do(own_stage.daemon.connect())
+    own_stage.kill_and_start_again()
     assert own_stage.client.get("/livez").status_code == 200
 
 

@@ -127,12 +127,7 @@ class GatewayStage:
 
     def __enter__(self) -> GatewayStage:
         self._thread.start()
-        self.process = self.start_process()
-        until(lambda: self._started(), "the gateway listens", START_TIMEOUT_S)
-        self.do(self.daemon.connect())
-        state = self.ask(Describe())
-        self.http, self.grpc = f"http://{state.http}", state.grpc
-        self.client = httpx.Client(base_url=self.http, timeout=100)
+        self._begin()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -145,6 +140,23 @@ class GatewayStage:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
+
+    def _begin(self) -> None:
+        self.process = self.start_process()
+        until(self._started, "the gateway listens", START_TIMEOUT_S)
+        self.do(self.daemon.connect())
+        state = self.ask(Describe())
+        self.http, self.grpc = f"http://{state.http}", state.grpc
+        self.client = httpx.Client(base_url=self.http, timeout=100)
+
+    def kill_and_start_again(self) -> None:
+        """Kill the process and start the next one in its directory, on ports of its own."""
+        self.client.close()
+        self.process.kill()
+        self.process.wait()
+        self.do(self.daemon.leave())
+        self._log.unlink()
+        self._begin()
 
     def start_process(self, *arguments: str) -> subprocess.Popen[bytes]:
         """A gateway process; its log goes to a file."""
