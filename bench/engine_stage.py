@@ -14,6 +14,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from bench.shapes import GPU_SHAPES, TINY, gpu_shape
 from bench.worker import decoder
+from engine.choose_stepper import choose_stepper
 from engine.engine import Engine
 from engine.graphs import CudaGraphs
 from engine.kv_layout import KvLayout
@@ -137,7 +139,14 @@ class Stage:
         """An engine with KV for so many tokens, over memory such as a worker has."""
         with self.kv_space(kv_tokens) as space:
             graphs = CudaGraphs() if self.device.type == "cuda" else None
-            engine = Engine(self.spec, self.weights, space, limits, dtype=self.dtype, graphs=graphs)
+            engine = Engine(
+                self.spec,
+                self.weights,
+                space,
+                limits,
+                dtype=self.dtype,
+                make_stepper=partial(choose_stepper, graphs=graphs),
+            )
             yield engine
             del engine
 

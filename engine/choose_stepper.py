@@ -13,6 +13,7 @@ from engine.kv_layout import KvLayout
 from engine.limits import EngineLimits
 from engine.models.spec import ModelSpec
 from engine.stepper import HostStepper, Stepper
+from engine.workspace import Workspace
 
 
 def choose_stepper(
@@ -21,12 +22,17 @@ def choose_stepper(
     memory: torch.Tensor,
     limits: EngineLimits,
     graphs: Graphs | None = None,
+    workspace: Workspace | None = None,
 ) -> Stepper:
-    """Triton's kernels on a GPU, torch's elsewhere; `memory` is the KV memory as uint8."""
+    """Triton's kernels on a GPU, torch's elsewhere; `memory` is the KV memory as uint8.
+
+    `graphs` captures steps, and `workspace` is what they compute in, where the device has use for
+    them: engines of one worker share both.
+    """
     if memory.device.type == "cuda":
         from engine.device_stepper import DeviceStepper
 
-        return DeviceStepper(spec, layout, memory, limits, graphs)
+        return DeviceStepper(spec, layout, memory, limits, graphs, workspace)
     return HostStepper(
         choose_kernels(spec, layout, memory, strict=limits.strict),
         memory.device,

@@ -32,6 +32,7 @@ from engine.sampling_rows import Kind, RowBuffer, is_penalised, occurrences_of
 from engine.scheduler import Chunk
 from engine.step_inputs import HOST_BUFFERS, StepInputs
 from engine.stepper import StepperStatistics, drawing_requests, spans_of
+from engine.workspace import Workspace
 
 Numbers = npt.NDArray[np.int32]
 
@@ -55,7 +56,8 @@ class Launched:
 
 
 class DeviceStepper:
-    """See `engine.stepper.Stepper`; without `graphs` nothing is captured."""
+    """See `engine.stepper.Stepper`; without `graphs` nothing is captured. Engines whose steps are
+    computed one after another may share `graphs` and `workspace`."""
 
     overlaps = True
 
@@ -66,14 +68,16 @@ class DeviceStepper:
         memory: torch.Tensor,
         limits: EngineLimits,
         graphs: Graphs | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         self.kernels = TritonKernels(spec, layout, memory, strict=limits.strict)
         self._strict = limits.strict
         self._device = device = memory.device
+        workspace = workspace or Workspace()
         self._layout, self._vocabulary = layout, spec.vocabulary
         self._graphs = graphs
         self._buckets = buckets_up_to(limits.running_requests_max)
-        rows_max = max(limits.running_requests_max, self._buckets[-1])
+        self._rows_max = rows_max = max(limits.running_requests_max, self._buckets[-1])
         width = layout.blocks_for(limits.context_tokens)
         # In a strict engine every token has a table of its own.
         tables_max = max(rows_max, limits.step_tokens if limits.strict else 0)
@@ -82,9 +86,9 @@ class DeviceStepper:
         self._sampler = DeviceSampler(
             spec.vocabulary,
             rows_max=rows_max,
-            penalised_max=rows_max,
             device=device,
             packed=self._inputs.sampled,
+            workspace=workspace,
         )
         self._occurring: dict[Request, int] = {}
         """Rows of the table of occurrences, which the device keeps from step to step."""
@@ -93,7 +97,10 @@ class DeviceStepper:
         self._tables = torch.zeros((rows_max, width), dtype=torch.int32, device=device)
         in_kv = layout.block_tokens * layout.blocks_per_page * (memory.numel() // layout.page_bytes)
         self._reserved = self.kernels.reserve_decodes(
-            rows_max, min(in_kv, rows_max * limits.context_tokens), SCRATCH_BYTES_MAX
+            rows_max,
+            min(in_kv, rows_max * limits.context_tokens),
+            SCRATCH_BYTES_MAX,
+            workspace,
         )
         pinned = device.type == "cuda"
         self._results = [
@@ -268,6 +275,11 @@ class DeviceStepper:
         penalised = [request for request in requests if is_penalised(request)]
         if not penalised and not self._occurring:
             return [0] * len(requests)
+        rows = len(self._sampler.occurrences)
+        if len(penalised) > rows:
+            # A row is as long as the vocabulary, and few requests have penalties: made as needed.
+            self._sampler.count_occurrences(min(max(2 * rows, len(penalised)), self._rows_max))
+            self._captured.clear()
         kept = {one: self._occurring[one] for one in penalised if one in self._occurring}
         taken = set(kept.values())
         free = (row for row in range(len(self._sampler.occurrences)) if row not in taken)

@@ -24,7 +24,6 @@ from engine.choose_stepper import choose_stepper
 from engine.filling import Filling
 from engine.flight import Flight
 from engine.giving_way import GivingWay
-from engine.graphs import Graphs
 from engine.kv_layout import KvLayout
 from engine.kv_space import KvSpace
 from engine.kv_window import KvWindow
@@ -53,9 +52,8 @@ class Engine:
             for output in engine.step(): ...
 
     Made without `weights` it is paused until `resume`. `weights` has the tensors that
-    `image_recipes` names, of `dtype`. `graphs` captures steps where the device does; engines of one
-    worker share it. By way of the lane that `make_lane` makes, KV is parked in host memory. Raises
-    BlockTooLarge or KvTooSmall.
+    `image_recipes` names, of `dtype`. By way of the lane that `make_lane` makes, KV is parked in
+    host memory. Raises BlockTooLarge or KvTooSmall.
     """
 
     def __init__(
@@ -67,7 +65,6 @@ class Engine:
         *,
         gate: Gate | None = None,
         dtype: str = "float32",
-        graphs: Graphs | None = None,
         make_stepper: MakeStepper = choose_stepper,
         make_lane: Callable[[KvLayout], KvLane] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -87,7 +84,7 @@ class Engine:
         self._scheduler = Scheduler(limits, self._pool, window, keys, self._giving_way.park)
         self._filling = Filling(self._scheduler, BlockCopies(self.layout, kv.memory()))
         self._clock = clock
-        self._stepper = make_stepper(spec, self.layout, kv.memory(), limits, graphs)
+        self._stepper = make_stepper(spec, self.layout, kv.memory(), limits)
         self._answers = Answers(self._scheduler)
         self._flight: Flight | None = None
         self._landed_s = 0.0

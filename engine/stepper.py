@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from engine.device_tensors import placed
-from engine.graphs import Graphs
 from engine.kernels.protocol import Kernels, Span
 from engine.kernels.strict import single_tokens
 from engine.kv_layout import KvLayout
@@ -67,7 +66,7 @@ class Stepper(Protocol):
         """Wait for a step; draws are those of the chunks that draw, in order."""
 
 
-MakeStepper = Callable[[ModelSpec, KvLayout, torch.Tensor, EngineLimits, Graphs | None], Stepper]
+MakeStepper = Callable[[ModelSpec, KvLayout, torch.Tensor, EngineLimits], Stepper]
 """Makes an engine's stepper, whose KV memory is given as uint8."""
 
 

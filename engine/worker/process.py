@@ -12,10 +12,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from engine.choose_stepper import choose_stepper
 from engine.graphs import CudaGraphs
 from engine.worker.calls import Calls
 from engine.worker.control_side import ControlSide
@@ -28,6 +30,7 @@ from engine.worker.options import Options
 from engine.worker.residency import Residency
 from engine.worker.residue import check_reserve, process_bytes
 from engine.worker.token_side import TokenSide
+from engine.workspace import Workspace
 from swap.arena import PagePool
 from swap.cuda_device import CudaDevice
 from swap.device import DeviceMemory
@@ -127,7 +130,11 @@ class _Worker:
             options.step_tokens,
             options.parking_bytes,
             link,
-            graphs=CudaGraphs() if pool.device.kind == "cuda" else None,
+            make_stepper=partial(
+                choose_stepper,
+                graphs=CudaGraphs() if pool.device.kind == "cuda" else None,
+                workspace=Workspace(),
+            ),
             prefix_cache=options.prefix_cache,
             strict=options.strict,
             # A step waits for it, which nothing interrupts: what hangs there fails at once.

@@ -12,11 +12,12 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from engine.graphs import Graphs
+from engine.choose_stepper import choose_stepper
 from engine.kv_layout import KvLayout
 from engine.link.control import EngineSpec, EngineStatus, Exchange
 from engine.link.tokens import Finish, Submit
 from engine.parking import KvLane
+from engine.stepper import MakeStepper
 from engine.worker.desk import Desk
 from engine.worker.errors import (
     ImageInUse,
@@ -52,7 +53,7 @@ class Residency:
         parking_bytes: int = 0,
         link: Link | None = None,
         clock: Callable[[], float] = time.monotonic,
-        graphs: Graphs | None = None,
+        make_stepper: MakeStepper = choose_stepper,
         *,
         prefix_cache: bool = True,
         strict: bool = False,
@@ -70,7 +71,7 @@ class Residency:
         self.link_bytes_per_s = 0.0
         self._desk = desk
         self._step_tokens = step_tokens
-        self._graphs = graphs
+        self._make_stepper = make_stepper
         self._prefix_cache = prefix_cache
         self._strict = strict
         self._giving_way = giving_way
@@ -210,7 +211,7 @@ class Residency:
                 self._lane,
                 self.room.reclaim,
                 self.room.mapper,
-                self._graphs,
+                self._make_stepper,
                 prefix_cache=self._prefix_cache,
                 strict=self._strict,
                 clock=self.clock,

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from engine.canary import Continuation, runtime_of
+from engine.choose_stepper import choose_stepper
 from engine.engine import Engine
-from engine.graphs import Graphs
 from engine.kv_layout import KvLayout
 from engine.link.control import CANARY_TOKENS, EngineSpec, EngineState, EngineStatus
 from engine.link.tokens import Output, Submit
 from engine.models.spec import ModelSpec
 from engine.parking import KvLane
+from engine.stepper import MakeStepper
 from engine.vacating import Vacating
 from engine.worker.images import Image
 from engine.worker.kv import FlooredKvSpace
@@ -49,7 +50,7 @@ class Resident:
         make_lane: Callable[[KvLayout, int], KvLane],
         reclaim: Callable[[int], None] | None = None,
         mapper: Mapper | None = None,
-        graphs: Graphs | None = None,
+        make_stepper: MakeStepper = choose_stepper,
         *,
         prefix_cache: bool = True,
         strict: bool = False,
@@ -88,7 +89,7 @@ class Resident:
                 self._space,
                 limits,
                 dtype=manifest.dtype,
-                graphs=graphs,
+                make_stepper=make_stepper,
                 make_lane=lambda layout: make_lane(layout, self._kv.address),
                 clock=clock,
             )

@@ -105,6 +105,8 @@ class Kind:
     strict: bool = True
     given: Callable[[Noted], dict[str, Any]] = lambda noted: {}
     """What its engines are made with."""
+    captured: bool = False
+    """Whether their steps are."""
 
     def compute(self, way: Way) -> tuple[list[int], Noted]:
         """The probe's tokens and logits."""
@@ -166,7 +168,7 @@ class Kind:
         if way.gives_way:
             assert figures.preemptions_total == 1
             assert figures.preemptions_parked_total == (way.gives_way == PARKED)
-        if engine._stepper.overlaps and self.given(Noted()).get("graphs") is not None:
+        if engine._stepper.overlaps and self.captured:
             assert figures.stepper.replays > 0
 
 

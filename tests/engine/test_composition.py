@@ -51,7 +51,7 @@ class NotingStepper(HostStepper):
 
 
 def noting(noted: Noted) -> dict[str, MakeStepper]:
-    def make(spec: Any, layout: Any, memory: Any, limits: Any, graphs: Any) -> NotingStepper:
+    def make(spec: Any, layout: Any, memory: Any, limits: Any) -> NotingStepper:
         kernels = choose_kernels(spec, layout, memory, strict=limits.strict)
         stepper = NotingStepper(kernels, memory.device, strict=limits.strict)
         stepper.noted = noted

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton compiles the kernels")
 
+from engine.choose_stepper import choose_stepper
 from engine.device_tensors import placed
 from engine.engine import Engine
 from engine.graphs import CudaGraphs, Graphs
 from engine.kv_space import RegionKvSpace
 from engine.limits import EngineLimits
+from engine.workspace import Workspace
 from swap.arena import PagePool, Region
 from tests.engine.checkpoints import Checkpoint, greedy, make_checkpoint, prompt, run, tokens_of
 from tests.support.devices import NEEDS_GPU, device_factory
@@ -34,7 +37,11 @@ GRAPHS_BYTES_MAX = 256 << 20
 
 @contextmanager
 def engine_of(
-    made: Checkpoint, graphs: Graphs | None, *, strict: bool = False
+    made: Checkpoint,
+    graphs: Graphs | None,
+    workspace: Workspace | None = None,
+    *,
+    strict: bool = False,
 ) -> Iterator[tuple[Engine, dict[str, torch.Tensor]]]:
     device = torch.device("cuda")
     weights = {
@@ -44,7 +51,14 @@ def engine_of(
         region = Region(PagePool(make(24)), "kv", 24 * PAGE)
         limits = EngineLimits(256, 16, 64, 64, strict=strict)
         space = RegionKvSpace(region)
-        engine = Engine(made.spec, weights, space, limits, dtype="bfloat16", graphs=graphs)
+        engine = Engine(
+            made.spec,
+            weights,
+            space,
+            limits,
+            dtype="bfloat16",
+            make_stepper=partial(choose_stepper, graphs=graphs, workspace=workspace),
+        )
         yield engine, weights
         torch.cuda.synchronize()
         del engine
@@ -72,11 +86,11 @@ def test_replayed_tokens_are_launched_ones(shape: str, strict: bool, tmp_path: P
 
 
 def test_graphs_outlive_swaps_and_take_next_to_no_memory(tmp_path: Path) -> None:
-    """Two engines that share a pool, paused and resumed in turn, KV given up each time."""
+    """Two engines that share a pool and a workspace, paused and resumed in turn, KV given up."""
     made = make_checkpoint(tmp_path / "one", "llama")
     other = make_checkpoint(tmp_path / "two", "qwen3", 4)
-    graphs = CudaGraphs()
-    with engine_of(made, graphs) as first, engine_of(other, graphs) as second:
+    shared = (CudaGraphs(), Workspace())
+    with engine_of(made, *shared) as first, engine_of(other, *shared) as second:
         wanted = [answers(engine) for engine, _ in (first, second)]
         for number in range(20):
             engine, weights = (first, second)[number % 2]

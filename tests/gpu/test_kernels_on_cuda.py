@@ -34,7 +34,8 @@ DIFFERENT_DRAWS_MAX = 1
 def stage(requests: list[Request]) -> tuple[DeviceSampler, RowBuffer, Kind]:
     """A sampler that knows what the requests' next draws depend on."""
     device = torch.device("cuda")
-    sampler = DeviceSampler(VOCABULARY, rows_max=ROWS, penalised_max=ROWS, device=device)
+    sampler = DeviceSampler(VOCABULARY, rows_max=ROWS, device=device)
+    sampler.count_occurrences(ROWS)
     places = []
     for index, request in enumerate(requests):
         places.append(index if is_penalised(request) else NO_OCCURRENCES)

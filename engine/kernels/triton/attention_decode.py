@@ -35,6 +35,7 @@ import triton.language as tl
 from engine.kernels.triton.attention_shapes import REGISTERS_MAX, DecodeShape
 from engine.kernels.triton.paging import PagedMemory
 from engine.kernels.triton.variants import FP8_TARGETS, Variant
+from engine.workspace import Workspace
 
 SIGNATURE = {
     "queries": "*bf16:16",
@@ -237,13 +238,22 @@ class Scratch:
     """Zero before and after each launch."""
 
     @classmethod
-    def make(cls, shape: DecodeShape, items: int, sequences: int, device: torch.device) -> Scratch:
-        """Room for a work list of `items` of at most `sequences`."""
+    def make(
+        cls,
+        shape: DecodeShape,
+        items: int,
+        sequences: int,
+        device: torch.device,
+        workspace: Workspace | None = None,
+    ) -> Scratch:
+        """Room for a work list of `items` of at most `sequences`, in `workspace` if it is given."""
         rows = items * shape.heads
+        lend = (workspace or Workspace()).lend
+        whole, number = torch.int32, torch.float32
         return cls(
-            sums=torch.empty((rows, shape.head_dim), dtype=torch.float32, device=device),
-            peaks=torch.empty((rows, 2), dtype=torch.float32, device=device),
-            arrived=torch.zeros((sequences, shape.kv_heads), dtype=torch.int32, device=device),
+            sums=lend("attention: sums", rows, shape.head_dim, dtype=number, device=device),
+            peaks=lend("attention: peaks", rows, 2, dtype=number, device=device),
+            arrived=torch.zeros((sequences, shape.kv_heads), dtype=whole, device=device),
         )
 
 

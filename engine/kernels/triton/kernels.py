@@ -37,6 +37,7 @@ from engine.kernels.triton.rotary_angles import rotary_angles
 from engine.kernels.triton.rotate_and_store import rotate_and_store
 from engine.kv_layout import KvLayout
 from engine.models.spec import DTYPE_BYTES, ModelSpec
+from engine.workspace import Workspace
 
 PART_ITEMS = 4
 """Parts of the copied numbers begin at multiples of 16 bytes, as compiled kernels expect."""
@@ -158,9 +159,16 @@ class TritonKernels:
         angles = rotary_angles(positions, self._frequencies)
         return Plan(angles, cells, decodes, lengths, work, tables, chunks, tiles, self._scratch)
 
-    def reserve_decodes(self, sequences: int, tokens: int, scratch_bytes_max: int) -> Reserved:
+    def reserve_decodes(
+        self,
+        sequences: int,
+        tokens: int,
+        scratch_bytes_max: int,
+        workspace: Workspace | None = None,
+    ) -> Reserved:
         """Memory for plans of decodes alone, which stays where it is: of at most `sequences` that
-        hold `tokens` tokens together, or of as many as `scratch_bytes_max` are enough for."""
+        hold `tokens` tokens together, or of as many as `scratch_bytes_max` are enough for. What
+        they leave for each other within a step is in `workspace`."""
         shape = self._decode
         item_bytes = 4 * shape.heads * (shape.head_dim + 2)
         most = {
@@ -173,7 +181,7 @@ class TritonKernels:
                 window: torch.empty((min(items, room), 2), dtype=torch.int32, device=self._device)
                 for window, items in most.items()
             },
-            Scratch.make(shape, room, sequences, self._device),
+            Scratch.make(shape, room, sequences, self._device, workspace),
             shape.split_tokens,
         )
 

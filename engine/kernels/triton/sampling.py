@@ -1,9 +1,9 @@
 """Sampling on the device: the launches, and the memory between them.
 
-Owns the buffers of one engine's sampler and the order of its kernels. It never waits for the device
-and never reads from it: the host copies `results` when it wants them. Invariant: no launch depends
-on a value that the host put anywhere but into the row buffer, so captured launches draw for
-whatever rows it holds when they are replayed.
+Owns the buffers of one engine's sampler, but for those it is lent, and the order of its kernels.
+It never waits for the device and never reads from it: the host copies `results` when it wants them.
+Invariant: no launch depends on a value that the host put anywhere but into the row buffer, so
+captured launches draw for whatever rows it holds when they are replayed.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ from engine.kernels.triton.sampling_parts import CANDIDATES, CHUNK, LADDER, VOCA
 from engine.link.tokens import LOGPROBS_MAX, TokenLogprob
 from engine.sampler import Draw
 from engine.sampling_rows import Kind, RowBuffer
+from engine.workspace import Workspace
 
 
 class DeviceSampler:
     """Draws tokens of up to `rows_max` rows of logits.
 
-        sampler = DeviceSampler(vocabulary, rows_max=256, penalised_max=32, device=device)
+        sampler = DeviceSampler(vocabulary, rows_max=256, device=device)
         kind = buffer.pack(requests, vocabulary)
         sampler.take(buffer)
         sampler.launch(logits, rows=len(requests), kind=kind)
         draws = sampler.draws(sampler.results.cpu(), buffer, len(requests))
 
     Two launches for greedy rows, three for draws, four for filtered ones, and two more for the
-    likeliest tokens. Memory: 4 * rows_max * vocabulary bytes for the logits that are drawn from,
-    4 * penalised_max * vocabulary for what occurred, and little else. The candidates, chunks and
-    tiles are those the kernels were measured with; tests make them small.
+    likeliest tokens. Memory: 4 * rows_max * vocabulary bytes of the workspace for the logits that
+    are drawn from, as much of its own for each row of which it counts what occurred, and little
+    else. The candidates, chunks and tiles are those the kernels were measured with; tests make them
+    small.
     """
 
     def __init__(
@@ -48,9 +50,9 @@ class DeviceSampler:
         vocabulary: int,
         *,
         rows_max: int,
-        penalised_max: int,
         device: torch.device,
         packed: torch.Tensor | None = None,
+        workspace: Workspace | None = None,
         chunk: int = CHUNK,
         candidates: int = CANDIDATES,
     ) -> None:
@@ -64,34 +66,44 @@ class DeviceSampler:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
+        workspace = workspace or Workspace()
+
+        def lent(purpose: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return workspace.lend(f"sampling: {purpose}", *shape, dtype=dtype, device=device)
+
         whole = torch.int32
         if packed is None:
             packed = torch.zeros(buffer.bytes.size, dtype=torch.uint8, device=device)
         self.packed = packed
         """What `RowBuffer.bytes` is copied to."""
-        self.occurrences = torch.zeros(
-            (max(penalised_max, 1), vocabulary), dtype=whole, device=device
-        )
+        self.occurrences = torch.zeros((1, vocabulary), dtype=whole, device=device)
         """Rows of `occurrences_of`, written when a penalised request begins or comes back; from
-        then on each draw counts itself."""
+        then on each draw counts itself. The first is there for rows that are not penalised, whose
+        number is 0 too, until somebody is."""
         self.results = empty(rows_max, 2, dtype=whole)
         """Token, or -1 for a row that has none, and bits of its log probability."""
         self.tokens = torch.zeros(rows_max, dtype=torch.int64, device=device)
         """Drawn tokens as the next step's input."""
         self.likeliest = empty(rows_max, LOGPROBS_MAX, 2, dtype=whole)
         """Tokens and bits of log probabilities, likeliest first, as many as the row asked for."""
-        self._scaled = empty(rows_max, vocabulary)
-        self._raw_peaks = empty(rows_max, chunks)
-        self._raw_sums = empty(rows_max, chunks)
-        self._peaks = empty(rows_max, chunks)
-        self._best = empty(rows_max, chunks, dtype=whole)
-        self._masses = empty(rows_max, chunks, dtype=torch.int64)
-        self._step_counts = empty(rows_max, chunks, LADDER, dtype=whole)
-        self._step_masses = empty(rows_max, chunks, LADDER)
-        self._listed = empty(rows_max, dtype=whole)
-        self._listed_values = empty(rows_max, candidates)
-        self._listed_tokens = empty(rows_max, candidates, dtype=whole)
-        self._chunk_likeliest = empty(rows_max, chunks, LOGPROBS_MAX, 2, dtype=whole)
+        self._scaled = lent("scaled", rows_max, vocabulary)
+        self._raw_peaks = lent("raw peaks", rows_max, chunks)
+        self._raw_sums = lent("raw sums", rows_max, chunks)
+        self._peaks = lent("peaks", rows_max, chunks)
+        self._best = lent("best", rows_max, chunks, dtype=whole)
+        self._masses = lent("masses", rows_max, chunks, dtype=torch.int64)
+        self._step_counts = lent("step counts", rows_max, chunks, LADDER, dtype=whole)
+        self._step_masses = lent("step masses", rows_max, chunks, LADDER)
+        self._listed = lent("listed", rows_max, dtype=whole)
+        self._listed_values = lent("listed values", rows_max, candidates)
+        self._listed_tokens = lent("listed tokens", rows_max, candidates, dtype=whole)
+        self._chunk_likeliest = lent("likeliest", rows_max, chunks, LOGPROBS_MAX, 2, dtype=whole)
+
+    def count_occurrences(self, rows: int) -> None:
+        """Have `rows` rows for penalised requests, elsewhere: captured launches are void."""
+        before = self.occurrences
+        self.occurrences = before.new_zeros((rows, self.vocabulary))
+        self.occurrences[: len(before)].copy_(before)
 
     def take(self, buffer: RowBuffer) -> None:
         """Copy the rows to the device, those bytes alone that are used."""

@@ -40,8 +40,8 @@ WAY_TIMEOUT_S = 300
 class NotingStepper(DeviceStepper):
     """The device's way, watched: what reaches the sampler is copied to where graphs may write."""
 
-    def __init__(self, noted: Noted, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, noted: Noted, *arguments: Any, **shared: Any) -> None:
+        super().__init__(*arguments, **shared)
         self._noted = noted
         self._seen = torch.zeros((len(self._sampler.results), VOCABULARY))
         launch = self._sampler.launch
@@ -59,8 +59,8 @@ class NotingStepper(DeviceStepper):
 
 
 def given(noted: Noted, *, captured: bool) -> dict[str, Any]:
-    graphs = {"graphs": RecordedGraphs()} if captured else {}
-    return {"make_stepper": partial(NotingStepper, noted), **graphs}
+    graphs = RecordedGraphs() if captured else None
+    return {"make_stepper": partial(NotingStepper, noted, graphs=graphs)}
 
 
 def kind_of(*, captured: bool) -> Kind:
@@ -78,6 +78,7 @@ def kind_of(*, captured: bool) -> Kind:
         context_tokens=28,
         chunk_tokens=8,
         given=partial(given, captured=captured),
+        captured=captured,
     )
 
 

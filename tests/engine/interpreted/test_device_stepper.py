@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,12 +22,15 @@ from engine.graphs import buckets_up_to
 from engine.limits import EngineLimits
 from engine.link.tokens import Finish, Output, Sampling
 from engine.recorded_graphs import RecordedGraphs
+from engine.workspace import Workspace
 from tests.engine.interpreted.tiny_model import (
     PAGE_BYTES,
     PROMPTS,
     SPEC,
+    VOCABULARY,
     WEIGHTS,
     make_engine,
+    weights_of,
 )
 from tests.engine.parking_stage import ParkingStage
 
@@ -267,7 +271,7 @@ def test_what_gives_way_beside_a_step_is_parked(greedy_answers: list[list[int]])
     stage = ParkingStage(7, PAGE_BYTES)
     limits = EngineLimits(28, running_requests_max=8, prefix_cache=False)
     engine = stage.engine(
-        SPEC, WEIGHTS, limits, make_stepper=DeviceStepper, graphs=RecordedGraphs()
+        SPEC, WEIGHTS, limits, make_stepper=partial(DeviceStepper, graphs=RecordedGraphs())
     )
     sampling = Sampling(max_tokens=12, temperature=0.0)
     found = answers(engine, 5, sampling)
@@ -314,6 +318,61 @@ def test_settling_sends_what_is_under_way(greedy_answers: list[list[int]]) -> No
     assert tokens_of(engine.settle()) == greedy_answers[1][:1]
     assert engine.settle() == []
     assert tokens_of(run(engine)[0]) == greedy_answers[1][1:]
+
+
+@pytest.mark.parametrize("largest_first", [False, True])
+def test_engines_of_one_worker_compute_in_one_workspace(largest_first: bool) -> None:
+    """Step by step in turn, captured: what one leaves there is nothing to the other."""
+    larger = replace(SPEC, vocabulary=2 * VOCABULARY)
+    specs = [larger, SPEC] if largest_first else [SPEC, larger]
+    sampling = [GREEDY, Sampling(max_tokens=6, temperature=0.9, top_k=9, seed=3)]
+    given: list[dict[str, Any]] = [{"spec": spec, "weights": weights_of(spec)} for spec in specs]
+    wanted = [
+        answers(make_engine(device=False, **shape), 2, how)
+        for shape, how in zip(given, sampling, strict=True)
+    ]
+    graphs, workspace = RecordedGraphs(), Workspace()
+    engines = [make_engine(graphs, workspace, **shape) for shape in given]
+    for engine, how in zip(engines, sampling, strict=True):
+        submit(engine, 2, how)
+    found: list[list[Output]] = [[], []]
+    while any(engine.has_work for engine in engines):
+        for outputs, engine in zip(found, engines, strict=True):
+            outputs += engine.step()
+    for outputs, tokens in zip(found, wanted, strict=True):
+        for request in range(2):
+            own = [output for output in outputs if output.request == request]
+            assert tokens_of(own) == tokens[request]
+    assert graphs.replays
+    alone = Workspace()
+    make_engine(None, alone, **given[0 if largest_first else 1])
+    assert workspace.size_bytes == alone.size_bytes
+
+
+def test_who_is_penalised_first_has_room_made(greedy_answers: list[list[int]]) -> None:
+    """After graphs were captured that know of no occurrences."""
+    penalised = Sampling(max_tokens=6, temperature=0.0, repetition_penalty=1.7)
+    wanted = answers(make_engine(device=False), 3, penalised)
+    assert wanted != greedy_answers[:3]
+    graphs = RecordedGraphs()
+    engine = make_engine(graphs)
+    assert answers(engine, 3, GREEDY) == greedy_answers[:3]
+    assert answers(engine, 1, penalised) == wanted[:1]
+    assert answers(engine, 3, penalised) == wanted
+    assert answers(engine, 3, GREEDY) == greedy_answers[:3]
+
+
+def test_room_is_made_beside_those_that_are_penalised_already() -> None:
+    penalised = Sampling(max_tokens=8, temperature=0.0, frequency_penalty=1.5)
+    wanted = answers(make_engine(device=False), 3, penalised)
+    engine = make_engine(RecordedGraphs())
+    engine.submit(0, PROMPTS[0], penalised)
+    found = {0: engine.step() + engine.step() + engine.step()}
+    for index in (1, 2):
+        engine.submit(index, PROMPTS[index], penalised)
+    for request, outputs in run(engine).items():
+        found[request] = found.get(request, []) + outputs
+    assert [tokens_of(found[index]) for index in range(3)] == wanted
 
 
 def test_a_graph_whose_memory_moved_is_found() -> None:

@@ -52,11 +52,12 @@ def draw(
     sampler = DeviceSampler(
         vocabulary,
         rows_max=rows,
-        penalised_max=len(requests),
         device=CPU,
         chunk=chunk,
         candidates=candidates,
     )
+    if any(map(is_penalised, requests)):
+        sampler.count_occurrences(len(requests))
     for own in (sampler.results, sampler.likeliest, sampler._listed, sampler._best):
         own.fill_(-(1 << 30))
     for own in (sampler._scaled, sampler._listed_values, sampler._peaks, sampler._raw_peaks):
@@ -239,7 +240,7 @@ def test_twenty_likeliest_tokens_are_in_order() -> None:
 
 
 def test_rows_that_fill_a_graph_are_left_alone() -> None:
-    sampler = DeviceSampler(100, rows_max=4, penalised_max=0, device=CPU, chunk=CHUNK)
+    sampler = DeviceSampler(100, rows_max=4, device=CPU, chunk=CHUNK)
     sampler.results.fill_(77)
     sampler.tokens.fill_(77)
     logits = torch.full((4, 100), float("nan"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from engine.kv_space import PlainKvSpace
 from engine.limits import EngineLimits
 from engine.models.layout import image_recipes
 from engine.models.spec import ModelSpec, Rope
+from engine.workspace import Workspace
 
 PAGE_BYTES = 1 << 10
 """Four tokens: requests go through many blocks."""
@@ -53,11 +56,18 @@ WEIGHTS = weights_of(SPEC)
 
 
 def make_engine(
-    graphs: Graphs | None = None, *, device: bool = True, spec: ModelSpec = SPEC, **limits: int
+    graphs: Graphs | None = None,
+    workspace: Workspace | None = None,
+    *,
+    device: bool = True,
+    spec: ModelSpec = SPEC,
+    weights: Mapping[str, torch.Tensor] = WEIGHTS,
+    **limits: int,
 ) -> Engine:
-    given: dict[str, Any] = {"make_stepper": DeviceStepper} if device else {}
+    stepper = partial(DeviceStepper, graphs=graphs, workspace=workspace)
+    given: dict[str, Any] = {"make_stepper": stepper} if device else {}
     pages = limits.pop("pages", 64)
     space = PlainKvSpace(PAGE_BYTES, pages)
     space.memory().fill_(0xFF)  # no number, as float32 and as FP8
     chosen = EngineLimits(**{"context_tokens": 48, "running_requests_max": 8, **limits})
-    return Engine(spec, WEIGHTS, space, chosen, graphs=graphs, **given)
+    return Engine(spec, weights, space, chosen, **given)
