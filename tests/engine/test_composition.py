@@ -79,7 +79,7 @@ def kind_of(made: Checkpoint, *, strict: bool) -> Kind:
     )
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "mistral-window"])
 def test_strict_engines_bring_the_same_bits(shape: str, checkpoint: Make) -> None:
     kind = kind_of(checkpoint(shape), strict=True)
     expected = checkpoint(shape).greedy(kind.probe, NEW_TOKENS)
