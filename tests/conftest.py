@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-# Before torch is loaded: threads that wait for each other soon sleep instead of spinning on. Where
-# the machine has other work, spinning makes every small product as slow as a scheduler's quantum.
+# Before torch is loaded: what is computed here is too small for several threads, which would wait
+# for each other most of the time, and the other processes under test want their cores too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 SEQUENCES = 14
