@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 import httpx
-from hotbay.client import InFlight
 from hotbay.local_node import LocalNode
+from hotbay.model_calls import InFlight
 from hotbay.v1 import model_pb2
 
 from bench.node import REPOSITORY

@@ -3,8 +3,7 @@
 Owns the decision, by what was measured, and the copies that it leads to. It never decides who gives
 way: the scheduler does, and hands the blocks on at once; what is in them stays until something is
 launched, and is copied before that. Invariant: after `copy` or `drop` nothing is left to be copied,
-and whose KV did not come
-to host memory computes it again.
+and whose KV did not come to host memory computes it again.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from google.longrunning.operations_proto_pb2 import Operation
-from hotbay.client import InFlight
+from hotbay.model_calls import InFlight
 from hotbay.operations import operation_response
 from hotbay.status import operation_metadata
 from hotbay.v1 import common_pb2, model_pb2

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
-from hotbay.client import InFlight
 from hotbay.local_node import LocalNode
+from hotbay.model_calls import InFlight
 from hotbay.v1 import common_pb2, model_pb2
 from openai import AsyncOpenAI
 

@@ -16,16 +16,21 @@ from tests.support.scripted_node import ScriptedNode
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 GREEN = "\x1b[32m"
+FACT_TIMEOUT_S = 120.0
 
 
 def on_a_terminal(
     node: ScriptedNode,
     *arguments: str,
     stream: str,
-    while_running: Callable[[], None] = lambda: None,
+    awaited: str = "",
+    then: Callable[[], None] = lambda: None,
     **more: str,
 ) -> tuple[str, str]:
-    """Run gpuctl with `stream` on a terminal; what the terminal and the other stream were sent."""
+    """Run gpuctl with `stream` on a terminal; what the terminal and the other stream were sent.
+
+    Once `awaited` was shown there, `then` is called.
+    """
     ours, theirs = pty.openpty()
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: theirs}
     process = subprocess.Popen(
@@ -36,22 +41,26 @@ def on_a_terminal(
         **streams,  # type: ignore[call-overload]
     )
     os.close(theirs)
-    shown: list[bytes] = []
+    shown = bytearray()
+    found = threading.Event()
 
     def read() -> None:
         try:
             while piece := os.read(ours, 4096):
-                shown.append(piece)
+                shown.extend(piece)
+                if awaited in COLOUR.sub("", shown.decode(errors="replace")):
+                    found.set()
         except OSError:
             return  # how Linux says that the other side of a terminal is closed
 
     reader = threading.Thread(target=read)
     reader.start()
-    while_running()
+    assert not awaited or found.wait(FACT_TIMEOUT_S), awaited
+    then()
     other, other_err = process.communicate(timeout=60)
     reader.join()
     os.close(ours)
-    return b"".join(shown).decode(), (other or other_err or b"").decode()
+    return shown.decode(), (other or other_err or b"").decode()
 
 
 def test_states_are_coloured_and_no_color_is_heeded(node: ScriptedNode) -> None:
@@ -66,15 +75,13 @@ def test_states_are_coloured_and_no_color_is_heeded(node: ScriptedNode) -> None:
 def test_progress_is_on_standard_error(node: ScriptedNode) -> None:
     node.held = True
 
-    def release_when_watched() -> None:
-        with node.changed:
-            assert node.changed.wait_for(lambda: node.calls.count("WaitOperation") >= 2, timeout=30)
-        node.release("operations/0001")
-
-    shown, out = on_a_terminal(
-        node, "swap", "prose", "code", stream="stderr", while_running=release_when_watched
+    _, out = on_a_terminal(
+        node,
+        *("swap", "prose", "code"),
+        stream="stderr",
+        awaited="copying, 256 MiB of 1.00 GiB",
+        then=lambda: node.release("operations/0001"),
     )
-    assert "copying, 256 MiB of 1.00 GiB" in COLOUR.sub("", shown)
     assert out.splitlines()[-1].startswith("swapped prose -> code")
     assert "\x1b" not in out
 

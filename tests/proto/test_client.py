@@ -11,8 +11,9 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from hotbay import errors
-from hotbay.client import Client, InFlight, policy
+from hotbay.client import Client
 from hotbay.connection import Connection
+from hotbay.model_calls import InFlight, policy
 from hotbay.operations import operation_name, operation_response
 from hotbay.reasons import Code, Reason
 from hotbay.status import call_error, code_of, error_info, operation_error, operation_metadata

@@ -26,7 +26,7 @@ from daemon.control.state.running import Handle, Outcome, Request, foreseen
 from daemon.control.state.world import World
 from engine.link.pull import Fetch, Fetched, Resolve, Resolved
 
-# Looking at a repository while the caller waits; hotbay.client allows a little more.
+# Looking at a repository while the caller waits; hotbay.model_calls allows a little more.
 RESOLVE_TIMEOUT_S = 20.0
 REVISION_CHARACTERS_MAX = 200
 # What no other try would mend: the files are of no use.
