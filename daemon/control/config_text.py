@@ -1,6 +1,7 @@
 """A configuration as the text of a file.
 
-It owns the writing alone; `config` reads. The invariant: reading what was written gives the same.
+It owns the writing alone; `config_file` reads. The invariant: reading what was written gives the
+same.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import uvloop
 
-from daemon.control.config import load
+from daemon.control.config_file import load
 from daemon.control.config_text import as_toml
 from daemon.control.errors import AlreadyRunning, ConfigInvalid, ControlError
 from daemon.control.lock import DirectoryLock

@@ -13,7 +13,8 @@ import pytest
 from hotbay.status import operation_metadata
 from hotbay.v1 import partition_pb2
 
-from daemon.control.config import AfterReboot, load
+from daemon.control.config import AfterReboot
+from daemon.control.config_file import load
 from partitioner.geometry import Instance
 from partitioner.simulated.node import Fault
 from tests.control.test_layout_changes import NAMES, SERVICE, THREE, TWO, apply, begin, board, plan

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.control.config import load
+from daemon.control.config_file import load
 from daemon.control.processes.commands import commands
 from engine.worker.options import parse_options
 from partitioner.partition import Partition, PartitionKind

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.control import config as config_module
-from daemon.control.config import Config, load
+from daemon.control import config_file
+from daemon.control.config import Config
+from daemon.control.config_file import load
 from daemon.control.config_text import as_toml
 from daemon.control.errors import ConfigInvalid
 from daemon.control.processor import computes_bfloat16
@@ -166,7 +167,7 @@ def test_the_dtype_follows_the_processors_instructions_if_it_may(
     cpu_info = tmp_path / "cpuinfo"
     cpu_info.write_text(listed)
     assert computes_bfloat16(cpu_info) is found
-    monkeypatch.setattr(config_module, "computes_bfloat16", lambda: found)
+    monkeypatch.setattr(config_file, "computes_bfloat16", lambda: found)
     text = '[worker]\ndtype = "auto"\n'
     simulated = read(tmp_path, text + '[node]\nsimulate = "H100x1"\n')
     assert simulated.worker.dtype == ("bfloat16" if found else "float32")

@@ -17,7 +17,8 @@ import pytest
 from google.protobuf.json_format import Parse
 from hotbay.v1 import doctor_pb2
 
-from daemon.control.config import Config, load
+from daemon.control.config import Config
+from daemon.control.config_file import load
 from daemon.control.doctor import report
 from daemon.control.doctor.findings import Finding, State, Subject, ok
 from daemon.control.doctor.gpu_probes import MIG_CONFIG

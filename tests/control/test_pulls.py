@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from daemon.control.config import load
+from daemon.control.config_file import load
 from daemon.control.errors import CallRefused, ConfigInvalid, ControlError, ProcessFailed, Refused
 from daemon.control.processes.puller_client import Puller
 from daemon.control.state.records import Operation, Pulled, Stage

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.control.config import load
+from daemon.control.config_file import load
 from daemon.control.errors import ConfigInvalid
 from engine.link.directories import (
     RUNTIME_DIR_BYTES_MAX,

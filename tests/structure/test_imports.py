@@ -35,7 +35,16 @@ CONTROL_ARROWS: dict[str, tuple[str, ...]] = {
     "doctor": (),
     "services": ("actions", "state", "processes", "doctor"),
 }
-CONTROL_BASE = ("config", "config_text", "errors", "failpoints", "lock", "notify", "processor")
+CONTROL_BASE = (
+    "config",
+    "config_file",
+    "config_text",
+    "errors",
+    "failpoints",
+    "lock",
+    "notify",
+    "processor",
+)
 CONTROL_TOP = (["main"], ["lifetime"], ["node"], ["parts"])
 OURS = {"hotbay", "partitioner", "swap", "engine", "daemon"}
 WITHOUT_TORCH = (

@@ -12,7 +12,8 @@ import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from daemon.control.config import Config, load
+from daemon.control.config import Config
+from daemon.control.config_file import load
 from daemon.control.node import Node
 from daemon.control.notify import Notifier
 from daemon.control.processes.child import ProcessInfo
