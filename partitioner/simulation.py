@@ -39,12 +39,14 @@ _NAME_AND_COUNT = re.compile(r"(?P<name>.+?)(?:[xX](?P<count>[0-9]{1,6}))?")
 class ProcessSpec(StrictModel):
     """A process that holds memory on the GPU: a foreign tenant, as the driver would list it.
 
-    `on` names the instance that it uses, such as `3g.71gb@4`; empty for the whole GPU.
+    `on` names the instance that it uses, such as `3g.71gb@4`; empty for the whole GPU. One with
+    `mps` is in the driver's list of MPS clients instead.
     """
 
     pid: Annotated[int, Field(gt=0, le=1 << 22)]
     memory_mib: Annotated[int, Field(ge=0)]
     on: Annotated[str, Field(max_length=80)] = ""
+    mps: bool = False
 
 
 class InstanceSpec(StrictModel):

@@ -92,7 +92,7 @@ class Parts:
         )
         self.router = Router(world)
         self.monitor = GpuMonitor(nvml.readings)
-        self._make_model_actions(config, world, journal, builders, pullers)
+        self._make_model_actions(config, world, journal, builders, pullers, sharing)
         holders = holders_of(simulated)
         self._make_layout_actions(world, sharing, fleet, journal, nvml, holders)
         self._make_health_actions(world, fleet, journal, nvml, told)
@@ -109,7 +109,13 @@ class Parts:
         )
 
     def _make_model_actions(
-        self, config: Config, world: World, journal: Journal, builders: Builders, pullers: Pullers
+        self,
+        config: Config,
+        world: World,
+        journal: Journal,
+        builders: Builders,
+        pullers: Pullers,
+        sharing: MpsPlaces,
     ) -> None:
         """What is done about images and models."""
         kept = config.image_cache
@@ -120,7 +126,7 @@ class Parts:
             world.warnings.append,
             packed_only=kept.keep == "packed",
         )
-        self.metrics = Metrics(world, self.disk, self.monitor)
+        self.metrics = Metrics(world, self.disk, self.monitor, sharing.seen)
         self.spare = SpareKeeper(world, builders)
         self.images = Images(world, builders, self.custody, self.disk, self.spare, self.failpoints)
         self.transitions = Transitions(

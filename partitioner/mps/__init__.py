@@ -2,6 +2,6 @@
 
 `control` says what a control daemon can be asked, `legacy` (v2) and `named` (v3) ask it in its two
 languages, `probing` finds out which of them a driver has, `commands` runs its program within a
-bounded time, `lifetime` starts and stops it, and `recovery` brings a server back after a fatal
-fault.
+bounded time, `lifetime` starts and stops it, `sightings` looks at who is there, and `recovery`
+brings a server back after a fatal fault.
 """

@@ -28,8 +28,9 @@ from partitioner.mps.control import Language, Limits, MpsControl
 from partitioner.mps.lifetime import PID_FILE
 from partitioner.mps.preflight import look
 from partitioner.mps.probing import control, language_of
-from partitioner.mps.recovery import faulted, recover
+from partitioner.mps.recovery import recover
 from partitioner.mps.shared import SharedPlace
+from partitioner.mps.sightings import SeenPlace, Sightings
 
 ASTRAY_ENDS_MAX = 3
 """How often a share's worker is ended for being no client; more would only keep it from serving."""
@@ -55,6 +56,7 @@ class MpsPlaces:
         self._boot_id = boot_id
         self._turn = asyncio.Lock()
         self._astray: Counter[str] = Counter()
+        self._sightings = Sightings()
 
     def noted(self) -> tuple[SharedPlace, ...]:
         """The places whose shares can serve, according to the notes."""
@@ -112,6 +114,7 @@ class MpsPlaces:
                 if (each.gpu, each.place) == (gpu, place):
                     await self._control(each).stop()
                     notes.remove(self._root, each)
+            self._sightings.keep({each.name for each in self._notes()})
 
     def pids(self) -> frozenset[int]:
         """The daemons and their servers."""
@@ -171,6 +174,7 @@ class MpsPlaces:
         and so is one that is no client of its daemon: it would run beside MPS, without limits.
         """
         mended = []
+        self._sightings.keep({each.name for each in self.noted()})
         for noted in self.noted():
             async with self._turn:
                 # It may be another one, or none, by the time of this turn.
@@ -183,16 +187,20 @@ class MpsPlaces:
                 async def end_all(names: list[str] = here) -> None:
                     await asyncio.gather(*map(end_worker, names))
 
-                if await faulted(mps):
+                seen = await self._sightings.look(each, mps, workers)
+                if seen.in_fault:
                     await recover(mps, each.limits, end_all)
                     mended.append(each.name)
                     continue
-                clients = await mps.clients()
-                astray = [name for name in here if workers[name] not in clients]
+                astray = seen.astray
                 self._astray.update(astray)
                 await end_all([one for one in astray if self._astray[one] <= ASTRAY_ENDS_MAX])
                 mended.extend(one for one in astray if self._astray[one] <= ASTRAY_ENDS_MAX + 1)
         return tuple(mended)
+
+    def seen(self) -> tuple[SeenPlace, ...]:
+        """What was seen of each place when it was last looked after; asks no daemon."""
+        return self._sightings.latest()
 
     async def stop(self) -> None:
         """End every daemon; the notes stay, and `restore` starts them again."""

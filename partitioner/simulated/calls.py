@@ -27,6 +27,7 @@ from partitioner.simulated.abi import (
     versioned,
 )
 from partitioner.simulated.node import SimulatedGpu, SimulatedNode
+from partitioner.simulation import ProcessSpec
 
 NOT_IN_A_MIG_INSTANCE = 0xFFFFFFFF
 
@@ -132,14 +133,22 @@ def _utilization(node: SimulatedNode, gpu: SimulatedGpu, out: int) -> None:
 
 
 def _processes(node: SimulatedNode, gpu: SimulatedGpu, count: int, out: int | None) -> None:
+    _list([each for each in gpu.processes if not each.mps], gpu, count, out)
+
+
+def _clients(node: SimulatedNode, gpu: SimulatedGpu, count: int, out: int | None) -> None:
+    _list([each for each in gpu.processes if each.mps], gpu, count, out)
+
+
+def _list(processes: list[ProcessSpec], gpu: SimulatedGpu, count: int, out: int | None) -> None:
     room = ctypes.c_uint.from_address(count).value
-    put_uint(count, len(gpu.processes))
-    if not gpu.processes:
+    put_uint(count, len(processes))
+    if not processes:
         return
-    if out is None or room < len(gpu.processes):
+    if out is None or room < len(processes):
         raise Status(pynvml.NVML_ERROR_INSUFFICIENT_SIZE)
-    table = (pynvml.c_nvmlProcessInfo_v2_t * len(gpu.processes)).from_address(out)
-    for row, process in zip(table, gpu.processes, strict=True):
+    table = (pynvml.c_nvmlProcessInfo_v2_t * len(processes)).from_address(out)
+    for row, process in zip(table, processes, strict=True):
         row.pid = process.pid
         row.usedGpuMemory = process.memory_mib * MIB
         on = next((each.number for each in gpu.instances if str(each.place) == process.on), None)
@@ -207,6 +216,7 @@ CALLS: Mapping[str, Symbol] = MappingProxyType(
         "nvmlDeviceGetUtilizationRates": ("hp", _utilization),
         "nvmlDeviceGetComputeRunningProcesses_v2": ("hpo", _processes),
         "nvmlDeviceGetComputeRunningProcesses_v3": ("hpo", _processes),
+        "nvmlDeviceGetMPSComputeRunningProcesses_v3": ("hpo", _clients),
         "nvmlDeviceGetMaxPcieLinkGeneration": unsigned(lambda gpu: gpu.board.pcie_generation),
         "nvmlDeviceGetCurrPcieLinkGeneration": unsigned(lambda gpu: gpu.board.pcie_generation),
         "nvmlDeviceGetMaxPcieLinkWidth": unsigned(lambda gpu: gpu.board.pcie_lanes),

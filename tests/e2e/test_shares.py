@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from hotbay.errors import HotbayError
 from hotbay.local_node import LocalNode
+from prometheus_client.parser import text_string_to_metric_families
 
 from partitioner.simulated.mps_control import PID_FILE
 from partitioner.simulated.mps_texts import FAULT_COMMAND
@@ -62,6 +64,17 @@ def workers(node: LocalNode) -> dict[str, int]:
     return {each.id: each.worker_pid for each in node.client.partitions()}
 
 
+def watched(node: LocalNode) -> dict[str, int]:
+    """The workers that metrics tell of as clients of their share."""
+    text = httpx.get(f"{node.http_url}/metrics", timeout=100).text
+    return {
+        one.labels["partition"]: int(one.labels["pid"])
+        for family in text_string_to_metric_families(text)
+        for one in family.samples
+        if one.name == "hotbay_mps_client_info" and one.labels["role"] == "worker"
+    }
+
+
 def until(true: Callable[[], bool], node: LocalNode) -> None:
     deadline_s = time.monotonic() + PATIENCE_S
     while not true():
@@ -85,6 +98,7 @@ def test_workers_are_clients_and_a_fault_ends_with_all_of_them_anew(
     assert parts[PARTS[0]].memory_bytes > 4 * parts[PARTS[1]].memory_bytes
     first = workers(node)
     assert clients(node) == set(first.values())
+    until(lambda: watched(node) == first, node)
     with pytest.raises(HotbayError, match="memory"):
         node.client.wait(node.client.load("code", partition=PARTS[1]))
     control(node, FAULT_COMMAND)

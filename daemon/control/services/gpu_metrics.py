@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from daemon.control.actions.gpu_readings import GpuMonitor
 from daemon.control.state.world import World
+from partitioner.geometry import Instance
 from partitioner.gpu import Gpu, GpuProcess
 from partitioner.readings import GpuReadings
 
@@ -102,30 +103,35 @@ class GpuMetrics(Collector):
             "Device memory of each process that computes; `mps` says whether through MPS.",
             labels=(*GPU_LABELS, "pid", "mps"),
         )
-        ours = {client.pid: name for name, client in self._world.processes.workers.items()}
+        names = {client.pid: name for name, client in self._world.processes.workers.items()}
         for each in readings:
             clients = {process.pid for process in each.clients}
             for process in _once(each):
                 if process.used_bytes is not None:
                     labels = self._labels(each.gpu, process.instance)[: -len(OURS)]
                     mps = "yes" if process.pid in clients else "no"
-                    labels += self._ours(ours.get(process.pid, ""))
+                    labels += ours(self._world, names.get(process.pid, ""))
                     family.add_metric([*labels, str(process.pid), mps], process.used_bytes)
         return family
 
     def _labels(self, gpu: Gpu, number: int | None = None) -> list[str]:
-        """A label that is empty is, to Prometheus, not there."""
-        place = next((one for one in gpu.instances or () if one.number == number), None)
-        name = f"gpu{gpu.index}" if place is None else f"gpu{gpu.index}/{place.place}"
-        profile = "" if place is None else place.place.profile
-        shown = "" if number is None else str(number)
-        return [str(gpu.index), gpu.uuid, gpu.name, shown, profile, *self._ours(name)]
+        found = (one.place for one in gpu.instances or () if one.number == number)
+        place = next(found, None)
+        name = f"gpu{gpu.index}" if place is None else f"gpu{gpu.index}/{place}"
+        return [*device_labels(gpu, number, place), *ours(self._world, name)]
 
-    def _ours(self, name: str) -> list[str]:
-        """What is said of a partition of ours, under OURS."""
-        if name not in self._world.partitions:
-            return ["", ""]
-        return [name, self._world.owners.get(name, "")]
+
+def device_labels(gpu: Gpu, number: int | None, place: Instance | None) -> list[str]:
+    """Those of GPU_LABELS that DCGM has. A label that is empty is, to Prometheus, not there."""
+    shown = "" if number is None else str(number)
+    return [str(gpu.index), gpu.uuid, gpu.name, shown, "" if place is None else place.profile]
+
+
+def ours(world: World, name: str) -> list[str]:
+    """What is said of a partition of ours, under OURS."""
+    if name not in world.partitions:
+        return ["", ""]
+    return [name, world.owners.get(name, "")]
 
 
 def _once(readings: GpuReadings) -> list[GpuProcess]:

@@ -8,7 +8,7 @@ end in `_total`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,9 +18,11 @@ from daemon.control.actions.disk_cache import DiskCache
 from daemon.control.actions.gpu_readings import GpuMonitor
 from daemon.control.services.gpu_metrics import GpuMetrics
 from daemon.control.services.health import HealthMetrics
+from daemon.control.services.share_metrics import ShareMetrics
 from daemon.control.state.records import Operation
 from daemon.control.state.world import World
 from engine.link.control import ExchangeResult, Ledger
+from partitioner.mps.sightings import SeenPlace
 
 RATIO_BUCKETS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2, 4)
 PHASE_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -29,7 +31,13 @@ PHASE_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 class Metrics:
     """Everything that is counted; `text` is the exposition."""
 
-    def __init__(self, world: World, disk: DiskCache, monitor: GpuMonitor) -> None:
+    def __init__(
+        self,
+        world: World,
+        disk: DiskCache,
+        monitor: GpuMonitor,
+        shares: Callable[[], Iterable[SeenPlace]],
+    ) -> None:
         self._registry = CollectorRegistry()
         self._swaps = Counter(
             "hotbay_swaps",
@@ -69,6 +77,7 @@ class Metrics:
         )
         self._registry.register(Reports(world, disk))
         self._registry.register(GpuMetrics(world, monitor))
+        self._registry.register(ShareMetrics(world, monitor, shares))
         self._registry.register(HealthMetrics(world))
 
     def exchanged(self, result: ExchangeResult, predicted_ms: float = 0.0) -> None:
