@@ -21,8 +21,7 @@ latest, or None to be resumed once something has happened."""
 
 
 class Copy:
-    """A copy under way; the resident may be stepped behind its gate as soon as this exists and its
-    turn at the link has come. `reached` is the transfer's."""
+    """A copy under way, once its turn at the link has come. `reached` is the transfer's."""
 
     def __init__(
         self,

@@ -227,6 +227,7 @@ class Exchange:
             self.order.enter(Stage.COPYING)
             link = self._residency.link
             self._copy = Copy(incoming, self.order, self._wake, link, self._moving)
+            incoming.step_behind()
             self._reach(FailPoint.COPYING)
         if self._evacuation is not None:
             while not self._hand_over(incoming):
@@ -330,7 +331,11 @@ class Exchange:
         return isinstance(error, CanaryFailed)
 
     def _restore(self, resident: Resident, before: EngineStatus) -> Waits:
-        """Have an outgoing model serve again; it becomes FAILED when that fails as well."""
+        """Have an outgoing model serve again; it becomes FAILED when that fails as well.
+
+        It does not step before its weights are verified: what it computed behind a copy that went
+        wrong would be part of its requests by the time of the second one.
+        """
         for attempt in range(1, ROLLBACK_TRIES_MAX + 1):
             try:
                 self._reach(FailPoint.ROLLING_BACK)

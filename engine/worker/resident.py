@@ -303,21 +303,23 @@ class Resident:
         under_way: Callable[[], None],
         reached: Reached = lambda place, cancelled: None,
     ) -> Transfer:
-        """Begin to copy its weights in, at their turn, and let it step behind them, outputs held
-        back; `under_way` is called once it may.
+        """Begin to copy its weights in, at their turn; `under_way` is called once that has come.
 
-        A spare model is only staged: it does not step, and its copy gives way to others.
+        It does not step, unless `step_behind` lets it. A spare model is only staged: its copy gives
+        way to others.
         """
-        transfer = self.weights.load(
+        return self.weights.load(
             turn,
             under_way,
             reached,
             staging=self.spare,
             growing=not self._backed and not self.spare,
         )
-        if not self.spare:
-            self.engine.resume(self.weights.tensors, transfer.gate)
-        return transfer
+
+    def step_behind(self) -> None:
+        """Let it step behind the copy of its weights, outputs held back."""
+        assert self.weights.transfer is not None
+        self.engine.resume(self.weights.tensors, self.weights.transfer.gate)
 
     def landed(self) -> None:
         """What was copied is there, and verified if it is all of the weights."""

@@ -131,3 +131,13 @@ def bench(poem: Model, tale: Model, prose: Model) -> Iterator[Callable[..., Any]
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def inside(prose: Model, code: Model) -> Iterator[Any]:
+    """A step loop within the test's process (`tests.worker.inside`), which knows both models."""
+    from tests.worker.inside import Inside
+
+    stage = Inside([prose, code])
+    yield stage
+    stage.close()
