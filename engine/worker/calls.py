@@ -186,20 +186,20 @@ class Calls:
 
     async def _stage(self, message: control.StageWeights) -> control.ExchangeResult:
         running = asyncio.get_running_loop()
-        if self._staging is not None:
-            raise OperationInProgress(
-                f"{self._staging.request.operation} is staging a model; wait for it",
-                operation=self._staging.request.operation,
-            )
         request = control.Exchange(operation=message.operation, incoming=message.incoming)
-        order = self._staging = Order(
-            request, lambda stage: running.call_soon_threadsafe(self._tell, stage)
-        )
-        try:
-            async with self._measuring:
-                self._loop.mailbox.post(
-                    lambda: self._loop.stage(order, message.displace, message.bytes_max)
+        order = Order(request, lambda stage: running.call_soon_threadsafe(self._tell, stage))
+        # Posted as soon as it is known: a measurement waits for the end of what it finds here.
+        async with self._measuring:
+            if self._staging is not None:
+                raise OperationInProgress(
+                    f"{self._staging.request.operation} is staging a model; wait for it",
+                    operation=self._staging.request.operation,
                 )
+            self._staging = order
+            self._loop.mailbox.post(
+                lambda: self._loop.stage(order, message.displace, message.bytes_max)
+            )
+        try:
             done = asyncio.wrap_future(order.done)
             told = order.progress()
             # No deadline: it may stand still for as long as exchanges run, and holds up nobody.

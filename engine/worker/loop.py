@@ -132,11 +132,11 @@ class StepLoop:
         exchange = Exchange(
             order, self._residency, self._desk, self._failpoints, self.mailbox.wake, self._clock
         )
-        self._exchange, self._awaited = exchange, None
-        if self._staging is not None:
-            self._staging.pause(True)
-        self._begin(self._run_exchange(exchange), order.done)
-        self._tell()
+        if self._begin(self._run_exchange(exchange), order.done):
+            self._exchange, self._awaited = exchange, None
+            if self._staging is not None:
+                self._staging.pause(True)
+            self._tell()
 
     def _run_exchange(self, exchange: Exchange) -> Waits:
         done = exchange.order.done
@@ -180,8 +180,8 @@ class StepLoop:
             failpoints=self._failpoints,
         )
         staging.pause(self._exchange is not None)
-        self._staging = staging
-        self._begin(self._run_staging(staging), order.done, settles=False)
+        if self._begin(self._run_staging(staging), order.done, settles=False):
+            self._staging = staging
 
     def _run_staging(self, staging: Staging) -> Waits:
         done = staging.order.done
@@ -234,11 +234,14 @@ class StepLoop:
         self._stopped = True
         done.set_result(None)
 
-    def _begin(self, steps: Waits, done: Future[Result], *, settles: bool = True) -> None:
+    def _begin(self, steps: Waits, done: Future[Result], *, settles: bool = True) -> bool:
+        """Have a job run from the loop's next turn on; whether there was room for it, which `done`
+        is told otherwise."""
         if len(self._jobs) >= JOBS_MAX:
             done.set_exception(OperationInProgress(f"{JOBS_MAX} calls are under way; wait"))
-            return
+            return False
         self._jobs.append(_Job(_reporting(steps, done), settles))
+        return True
 
     # The thread.
 
