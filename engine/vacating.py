@@ -104,9 +104,12 @@ class Vacating:
                 parking()
             for _, group in itertools.groupby(self._blocks, key=lambda move: move[0] // batch):
                 moves = list(group)
-                for block, piece in moves:
-                    self._lane.copy_out(block, piece)
-                self._lane.device.synchronize()
+                try:
+                    for block, piece in moves:
+                        self._lane.copy_out(block, piece)
+                finally:
+                    # Those before the one that failed may be under way still.
+                    self._lane.device.synchronize()
                 self._copied += len(moves)
                 progress()
         except Exception:  # the requests lose their KV by it, and nothing else

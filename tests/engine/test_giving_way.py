@@ -202,6 +202,33 @@ def test_vacating_takes_the_place_of_those_that_gave_way(crowd: Callable[..., Cr
     one.finish()
 
 
+def test_copies_are_waited_for_where_one_of_them_fails(
+    crowd: Callable[..., Crowd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is given their blocks, and their places in host memory, must not be written to."""
+    one, seen = crowd(), []
+    one.step()
+    one.engine.pause(keep_kv=True)
+    vacating = one.engine.vacate(one.stage.space.pages)
+    device = one.lane.device
+
+    def fail_third(*arguments: Any) -> int:
+        seen.append("copy")
+        if len(seen) == 3:
+            raise OSError("the link is down")
+        return 0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "copy_out_rows", fail_third)
+        patched.setattr(device, "synchronize", lambda: seen.append(f"ended: {vacating.ended}"))
+        vacating.copy(lambda: None)
+    assert seen == ["copy", "copy", "copy", "ended: False"]
+    vacating.release()
+    assert (vacating.dropped > 0, one.stage.area.used_bytes) == (True, 0)
+    one.engine.resume(one.made.weights)
+    one.finish()
+
+
 def test_behind_a_gate_nothing_is_parked(crowd: Callable[..., Crowd]) -> None:
     class Gate:
         def wait(self, layer: int) -> None:
