@@ -37,11 +37,6 @@ class BlockPool:
         self._cached = CachedBlocks()
 
     @property
-    def capacity(self) -> int:
-        """Blocks there are addresses for."""
-        return self._space.pages_max * self._blocks_per_page
-
-    @property
     def used(self) -> int:
         """Blocks held; one that is held several times counts once."""
         return self._used

@@ -42,7 +42,6 @@ class FlooredKvSpace:
         self.growing = False
         """Whether others are just being asked for pages, so that its own must stay."""
         self._region = region
-        self._reclaim = reclaim
         self._floor = 0
         self._reclaim = reclaim
         self._mapper = mapper
@@ -88,23 +87,23 @@ class FlooredKvSpace:
         if serving:
             self.map_ahead()
         else:
-            self._give_back()
+            self.release_unused()
 
-    def release_unused(self) -> int:
-        """Give back what nobody uses; returns how many pages."""
-        before = self._region.pool.owned_pages(self._region.owner)
-        self._give_back()
-        return before - self.mapped
+    def release_unused(self) -> None:
+        """Give back what nobody uses."""
+        self._settle()
+        self._region.shrink(max(0, self.mapped - max(self.pages, self._floor)))
 
     def set_floor(self, pages: int) -> None:
         """Have this many pages at least. Raises InsufficientDeviceMemory, changing nothing."""
         self._settle()
         self._region.grow(max(0, pages - self.mapped))
         self._floor = pages
-        self._give_back()
+        self.release_unused()
 
     def grow(self, count: int) -> int:
-        """Use up to `count` more pages; fewer when others have taken them meanwhile."""
+        """Use up to `count` more pages; fewer when others have taken them meanwhile, or when the
+        device has not the memory that it promised."""
         wanted = min(self.pages + count, self.pages_max)
         if wanted > self.mapped:
             self._settle()
@@ -116,12 +115,13 @@ class FlooredKvSpace:
             finally:
                 self.growing = False
         while wanted > self.mapped:
-            free = self._region.pool.free_pages
-            wanted = min(wanted, self.mapped + free)
+            wanted = min(wanted, self.mapped + self._region.pool.free_pages)
             try:
                 self._region.grow(max(0, wanted - self.mapped))
             except InsufficientDeviceMemory:
-                continue  # taken between the look and the grasp; look again
+                # Others were quicker, or the device has no memory left. Fewer may be had; to try
+                # for as many again might never end.
+                wanted = self.mapped + (wanted - self.mapped) // 2
         grown = max(0, wanted - self.pages)
         self.pages += grown
         self.map_ahead()
@@ -136,7 +136,7 @@ class FlooredKvSpace:
             raise ValueError(f"cannot give back {count} of {self.pages} pages")
         self.pages -= count
         if not self._serving:
-            self._give_back()
+            self.release_unused()
 
     def memory(self) -> torch.Tensor:
         """The whole range as uint8, unmapped pages included: those must not be touched."""
@@ -159,7 +159,3 @@ class FlooredKvSpace:
         """Have what is being mapped ahead; if that fails, it is tried again by who needs it."""
         with contextlib.suppress(SwapError):
             self._region.settle()
-
-    def _give_back(self) -> None:
-        self._settle()
-        self._region.shrink(max(0, self.mapped - max(self.pages, self._floor)))

@@ -1,8 +1,8 @@
 """The thread that maps pages before they are needed, so that no step does.
 
-Owns one thread per worker and what it is still to map. It never takes pages from the pool nor
-gives any away: the step thread has taken what it maps, so that every account is the step thread's.
-Invariant: what fails here is as if it had never been begun.
+Owns one thread per worker, which ends with the process, and what it is still to map. It never
+takes pages from the pool nor gives any away: the step thread has taken what it maps, so that every
+account is the step thread's. Invariant: what fails here is as if it had never been begun.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Mapper:
     def __init__(self) -> None:
         self.paused = False
         """Set while pages change hands: nobody is to take any ahead of need then."""
-        self._growths: queue.SimpleQueue[Growth | None] = queue.SimpleQueue()
+        self._growths: queue.SimpleQueue[Growth] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, growth: Growth) -> None:
@@ -33,17 +33,10 @@ class Mapper:
             self._thread.start()
         self._growths.put(growth)
 
-    def close(self) -> None:
-        """Return once nothing is being mapped; the thread ends."""
-        if self._thread is not None:
-            self._growths.put(None)
-            self._thread.join()
-            self._thread = None
-
     def _run(self) -> None:
-        while (growth := self._growths.get()) is not None:
+        while True:
             try:
-                growth.run()
+                self._growths.get().run()
             except SwapError as error:
                 # A step that needs the pages tries again, and has the error then.
                 log.warning("pages could not be mapped ahead of need: %s", error)

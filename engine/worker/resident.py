@@ -110,11 +110,6 @@ class Resident:
         return self.weights.pages + self._kv.mapped_pages
 
     @property
-    def pages_min(self) -> int:
-        """Pages it needs to serve."""
-        return self.weights.pages_max + self.kv_pages_min
-
-    @property
     def pages_missing(self) -> int:
         """Pages it would have to take now in order to serve."""
         return self.weights.pages_missing + max(0, self.kv_pages_min - self._kv.mapped_pages)
@@ -130,19 +125,17 @@ class Resident:
         """Have KV pages mapped in the background, if it serves and no exchange runs."""
         self._space.map_ahead()
 
-    def release_unused(self) -> int:
-        """Give up KV pages with nothing in them; returns how many."""
-        if self.status is EngineStatus.FAILED or self._space.growing:
-            return 0
-        self.engine.trim()
-        return self._space.release_unused()
+    def release_unused(self) -> None:
+        """Give up KV pages with nothing in them."""
+        if self.status is not EngineStatus.FAILED and not self._space.growing:
+            self.engine.trim()
+            self._space.release_unused()
 
-    def release_cached(self, pages: int) -> int:
-        """Give up at most `pages` KV pages in which only prefixes are cached; returns how many."""
-        if self.status is EngineStatus.FAILED or self._space.growing:
-            return 0
-        self.engine.trim_cached(pages)
-        return self._space.release_unused()
+    def release_cached(self, pages: int) -> None:
+        """Give up at most `pages` KV pages in which only prefixes are cached."""
+        if self.status is not EngineStatus.FAILED and not self._space.growing:
+            self.engine.trim_cached(pages)
+            self._space.release_unused()
 
     @property
     def pages_kept(self) -> int:

@@ -150,20 +150,20 @@ class Room:
 
         What a call works on is left alone: its pages are part of that call's account.
         """
-        for resident in self._residents.values():
-            if pages > 0 and not resident.claimed:
-                pages -= resident.release_unused()
-        for resident in self._residents.values():
-            if pages > 0 and not resident.claimed:
-                pages -= resident.release_cached(pages)
-        free = self.pool.free_pages
-        self.drop_spares(pages)
-        pages -= self.pool.free_pages - free
-        for resident in self._paused():
-            count = min(pages, resident.pages_kept)
-            if count > 0 and not resident.claimed:
+        wanted = self.pool.free_pages + pages
+        others = [one for one in self._residents.values() if not one.claimed]
+        for resident in others:
+            if self.pool.free_pages < wanted:
+                resident.release_unused()
+        for resident in others:
+            missing = wanted - self.pool.free_pages
+            if missing > 0:
+                resident.release_cached(missing)
+        self.drop_spares(wanted - self.pool.free_pages)
+        for resident in others:
+            count = min(wanted - self.pool.free_pages, resident.pages_kept)
+            if count > 0:
                 _vacate_now(resident, count)
-                pages -= count
 
     def release_unused(self) -> None:
         """Have no page mapped for nothing, so that the pool's account is exact."""

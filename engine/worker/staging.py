@@ -22,6 +22,8 @@ from engine.worker.residency import Residency
 from engine.worker.resident import Resident
 from engine.worker.room import fits
 from engine.worker.verify import verify_weights
+from engine.worker.weights import room_bytes
+from swap.image import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -97,25 +99,48 @@ class Staging:
                 raise InvalidState(f"{model} is {present.status} here already", model=model)
         elif present is not None and present.pages and not present.spare:
             raise InvalidState(f"{model} is on the device, with other limits", model=model)
-        room = residency.room
+        # Before one is made, for which one with other limits would have to go.
+        self._plan(present)
         resident = residency.make(self._spec)
-        weights = resident.weights
-        pages = weights.pages_for(self._wanted_bytes(resident)) - weights.pages
-        room.plan_staging(self._spec, pages * room.pool.page_bytes, displace=self._displace)
         resident.claimed = True  # its own pages are not spare for it
-        self.journal.evicted_bytes = room.drop_spares(pages - room.pool.free_pages)
-        resident.claimed = False
-        self.journal.staged_bytes = resident.weights.staged_bytes
-        resident.map_weights(max(pages, 0))
+        try:
+            self._take_pages(resident)
+        except BaseException:
+            if resident is not present:
+                residency.discard(resident)
+            raise
+        finally:
+            resident.claimed = False
         return resident
+
+    def _plan(self, present: Resident | None) -> None:
+        """Refuse what there is no room for; nothing has changed then."""
+        pool, manifest = self._residency.pool, self._residency.manifest(self._spec)
+        there_bytes = 0
+        if present is not None and fits(present, self._spec):
+            there_bytes = present.weights.staged_bytes
+        pages = pool.pages_for(room_bytes(manifest, there_bytes, self._wanted_bytes(manifest)))
+        if present is not None:
+            pages -= present.weights.pages
+        size_bytes = max(pages, 0) * pool.page_bytes
+        self._residency.room.plan_staging(self._spec, size_bytes, displace=self._displace)
+
+    def _take_pages(self, resident: Resident) -> None:
+        """Give it the pages that it lacks, as planned."""
+        weights, room = resident.weights, self._residency.room
+        pages = weights.pages_for(self._wanted_bytes(weights.manifest)) - weights.pages
+        self.journal.evicted_bytes = room.drop_spares(pages - room.pool.free_pages)
+        self.journal.staged_bytes = weights.staged_bytes
+        resident.map_weights(max(pages, 0))
 
     def _enough(self, resident: Resident) -> bool:
         weights = resident.weights
-        return weights.whole or weights.staged_bytes >= self._wanted_bytes(resident)
+        wanted_bytes = self._wanted_bytes(weights.manifest)
+        return weights.whole or weights.staged_bytes >= wanted_bytes
 
-    def _wanted_bytes(self, resident: Resident) -> int:
+    def _wanted_bytes(self, manifest: Manifest) -> int:
         """Of its weights, what is to be there."""
-        size_bytes = resident.weights.size_bytes
+        size_bytes = manifest.weights_bytes
         return min(self._bytes_max or size_bytes, size_bytes)
 
     def _bring_in(self, resident: Resident) -> Waits:

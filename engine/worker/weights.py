@@ -16,6 +16,7 @@ from engine.worker.images import Image
 from engine.worker.measures import weight_views
 from swap.arena import PagePool, Region
 from swap.errors import SwapError
+from swap.image import Manifest
 from swap.packed_transfer import PackedTransfer
 from swap.pieces import device_bytes, run_of, stored_bytes_behind, whole_pieces_bytes
 from swap.shared_link import Turn
@@ -23,6 +24,15 @@ from swap.transfer import Reached, Transfer
 
 STAGING_COPY_BYTES_MAX = 4 << 20
 """Copied per call while staging: about what an exchange, or a request's KV, may wait for."""
+
+
+def room_bytes(manifest: Manifest, there_bytes: int, wanted_bytes: int) -> int:
+    """Memory in which the first `wanted_bytes` of an image's weights can be brought in, while the
+    first `there_bytes` are there."""
+    if not manifest.packed:
+        return wanted_bytes
+    run = run_of(manifest, there_bytes, wanted_bytes)
+    return max(run.room_bytes, min(wanted_bytes, there_bytes))
 
 
 class ResidentWeights:
@@ -107,10 +117,7 @@ class ResidentWeights:
 
     def pages_for(self, wanted_bytes: int) -> int:
         """Pages in which the first `wanted_bytes` can be brought in, with what is there."""
-        if self.manifest.packed:
-            run = run_of(self.manifest, self._there_bytes, wanted_bytes)
-            wanted_bytes = max(run.room_bytes, min(wanted_bytes, self._there_bytes))
-        return self._pool.pages_for(wanted_bytes)
+        return self._pool.pages_for(room_bytes(self.manifest, self._there_bytes, wanted_bytes))
 
     def load(
         self,

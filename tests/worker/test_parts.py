@@ -8,7 +8,7 @@ import itertools
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -31,6 +31,7 @@ from swap.arena import PagePool, Region
 from swap.errors import CorruptWeights, InsufficientDeviceMemory
 from swap.host_device import HostDevice
 from swap.transfer import Transfer
+from tests.support.devices import FAKE, device_factory
 from tests.worker.conftest import Model
 
 PAGE = 2 << 20
@@ -54,7 +55,7 @@ def test_mail_is_taken_in_order_and_wakes_the_sleeper() -> None:
     reader = threading.Thread(target=lambda: (mailbox.wait(None), taken.extend(mailbox.take())))
     reader.start()
     mailbox.post(lambda: taken.append("called"))
-    reader.join(5)
+    reader.join(120)
     assert len(taken) == 1
     for number in range(5):
         mailbox.post(lambda number=number: taken.append(number))
@@ -92,6 +93,34 @@ def test_pages_under_the_floor_stay_when_the_engine_gives_its_own_back(pool: Pag
     space.set_floor(0)
     assert (space.mapped, pool.free_pages) == (0, 8)
     region.release()
+
+
+def test_what_the_device_has_not_after_all_is_gone_without() -> None:
+    """Its driver may have less memory than the pool has pages: it says so, time and again."""
+    with device_factory(FAKE) as make:
+        device = make(8)
+        pool, refusals = PagePool(device), []
+        space = FlooredKvSpace(Region(pool, "KV", 8 * PAGE))
+        real = device.map
+
+        def count(address: int, pages: Sequence[int]) -> None:
+            try:
+                real(address, pages)
+            except InsufficientDeviceMemory:
+                refusals.append(len(pages))
+                assert len(refusals) < 20, "it tries for ever"
+                raise
+
+        device.map = count
+        device._driver.refuse.create_from = device._driver.calls["cuMemCreate"] + 3
+        assert 0 < space.grow(8) <= 2
+        assert (pool.free_pages, space.mapped) == (8 - space.pages, space.pages)
+        while space.grow(8):
+            pass
+        assert space.pages == 2
+        device._driver.refuse.create_from = None
+        assert space.grow(8) == 6
+        space.shrink(8)
 
 
 def test_growing_brings_as_much_as_others_left(pool: PagePool) -> None:

@@ -150,7 +150,8 @@ def test_a_third_model_is_not_refused_because_of_paused_pages(
     one = bench(15, 64 * MIB)
     begin(one, poem)
     one.swap(poem, tale)
-    assert one.pool.free_pages < one.residency.residents[tale.key].pages_min
+    there = one.resident(tale)
+    assert one.pool.free_pages < there.weights.pages_max + there.kv_pages_min
     one.swap(None, prose)
     assert sorted(one.active()) == [prose.key, tale.key]
     one.check()
@@ -281,7 +282,7 @@ def test_what_paused_requests_keep_is_not_spare(
     begin(one, poem)
     one.swap(poem, prose)
     kept = one.resident(poem).pages_kept
-    weights = one.resident(poem).pages_min - one.resident(poem).kv_pages_min  # tale's, too
+    weights = one.resident(poem).weights.pages_max  # tale's, too
     assert one.pool.free_pages < weights <= one.pool.free_pages + kept
     for displace in (False, True):
         with pytest.raises(InsufficientDeviceMemory):
