@@ -15,7 +15,7 @@ from swap.checksum import TensorHasher
 from swap.errors import CorruptWeights
 from swap.image import Manifest, TensorEntry
 from swap.packing import WEIGHT_BYTES, read_piece, unpack
-from swap.pieces import place_pieces
+from swap.pieces import pieces_by_tensor
 
 READ_BYTES = 8 << 20
 
@@ -26,17 +26,15 @@ def verify_image(descriptor: int, manifest: Manifest, names: Iterable[str] | Non
     Raises CorruptWeights.
     """
     wanted = None if names is None else frozenset(names)
-    pieces: dict[str, list[tuple[int, int, int]]] = {}
-    for piece in place_pieces(manifest):
-        place = (piece.stored_offset_bytes, piece.stored_bytes, piece.weights)
-        pieces.setdefault(piece.tensor.name, []).append(place)
+    pieces = pieces_by_tensor(manifest)
     for entry in manifest.tensors:
         if wanted is not None and entry.name not in wanted:
             continue
         hasher = TensorHasher()
         if manifest.packed:
-            for offset, stored, weights in pieces.get(entry.name, ()):
-                hasher.update(unpacked(_read(descriptor, entry, offset, stored), weights))
+            for piece in pieces[entry.name]:
+                stored = _read(descriptor, entry, piece.stored_offset_bytes, piece.stored_bytes)
+                hasher.update(unpacked(stored, piece.weights))
         else:
             for data in _chunks(descriptor, entry):
                 hasher.update(data)

@@ -55,6 +55,14 @@ def place_pieces(manifest: Manifest) -> tuple[PlacedPiece, ...]:
     return tuple(placed)
 
 
+def pieces_by_tensor(manifest: Manifest) -> dict[str, list[PlacedPiece]]:
+    """The pieces of each tensor, by its name, in order."""
+    found: dict[str, list[PlacedPiece]] = {entry.name: [] for entry in manifest.tensors}
+    for piece in place_pieces(manifest):
+        found[piece.tensor.name].append(piece)
+    return found
+
+
 def device_bytes(manifest: Manifest) -> int:
     """Device memory that bringing the weights in takes: those of a packed image, a little more.
 

@@ -32,7 +32,7 @@ from swap.errors import CorruptWeights
 from swap.image import Manifest, TensorEntry
 from swap.image_check import READ_BYTES, unpacked
 from swap.packing import BLOCK_WEIGHTS, WEIGHT_BYTES, unpack
-from swap.pieces import PlacedPiece, place_pieces, read_placed
+from swap.pieces import PlacedPiece, pieces_by_tensor, place_pieces, read_placed
 
 CHECKSUM_BYTES_MAX = 2 << 20
 """Hashed at most: about a millisecond's worth."""
@@ -62,9 +62,10 @@ def verify_weights(device: DeviceMemory, image: Image, address: int, salt: str) 
 def verify_host(image: Image, stop: threading.Event) -> bool:
     """Compare all of the host's copy with its checksums; False when stopped before the end. Takes
     about a second a gigabyte. Raises CorruptWeights."""
+    pieces = pieces_by_tensor(image.manifest)
     for entry in image.manifest.tensors:
         hasher = TensorHasher()
-        for data in _host_pieces(image, entry):
+        for data in _host_pieces(image, entry, pieces[entry.name]):
             if stop.is_set():
                 return False
             hasher.update(data)
@@ -77,13 +78,14 @@ def verify_host(image: Image, stop: threading.Event) -> bool:
     return True
 
 
-def _host_pieces(image: Image, entry: TensorEntry) -> Iterator[memoryview]:
-    """A tensor's weights in the host's copy, in order."""
+def _host_pieces(
+    image: Image, entry: TensorEntry, pieces: Sequence[PlacedPiece]
+) -> Iterator[memoryview]:
+    """A tensor's weights in the host's copy, in order; `pieces` are its own, if it is packed."""
     if image.manifest.packed:
-        for piece in place_pieces(image.manifest):
-            if piece.tensor == entry:
-                stored = image.source.view(piece.stored_offset_bytes, piece.stored_bytes)
-                yield unpacked(stored, piece.weights)
+        for piece in pieces:
+            stored = image.source.view(piece.stored_offset_bytes, piece.stored_bytes)
+            yield unpacked(stored, piece.weights)
         return
     end = entry.offset_bytes + entry.size_bytes
     for start in range(entry.offset_bytes, end, READ_BYTES):
