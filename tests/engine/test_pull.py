@@ -37,8 +37,9 @@ from tests.support.hub import FakeHub, Refusal
 PROSE = Path(__file__).resolve().parents[2] / "examples" / "models" / "prose" / "1"
 REPOSITORY = "acme/Tiny"
 WEIGHTS = "model.safetensors"
-# Longer than the first pauses, so that a trouble that passes is outlived.
-PATIENCE_S = 3.0
+# Longer than any pause, so that a trouble that passes is outlived.
+PATIENCE_S = 120.0
+WAIT_S = 120.0
 
 
 @pytest.fixture
@@ -334,10 +335,10 @@ def test_giving_up_ends_every_thread(hub: FakeHub, tmp_path: Path) -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert hub.standing.wait(10)
+    assert hub.standing.wait(WAIT_S)
     given_up.set()
     hub.go_on.set()
-    thread.join(10)
+    thread.join(WAIT_S)
     assert [type(error) for error in caught] == [PullGivenUp]
 
 

@@ -188,9 +188,13 @@ def test_what_is_being_staged_gives_way_and_stands_still_while_an_exchange_runs(
     runtime_dir: Path, prose: Model, code: Model, other: Model
 ) -> None:
     async def run() -> None:
-        async with small(
-            runtime_dir, 4, prose, code, other, arguments=("--link-bytes-per-s", str(4 << 20))
-        ) as (_, hotbayd, gateway):
+        # The first staging is on its way for as long as nobody ends it.
+        arguments = ("--failpoints", "staging=hang", "--link-bytes-per-s", str(4 << 20))
+        async with small(runtime_dir, 4, prose, code, other, arguments=arguments) as (
+            _,
+            hotbayd,
+            gateway,
+        ):
             assert (await hotbayd.exchange(load(prose.key, prose.image))).error == ""
             staging = asyncio.create_task(staged(hotbayd, stage(code)))
             await hotbayd.stage("stage", Stage.COPYING)

@@ -43,8 +43,8 @@ def test_cancelled_and_refused_requests_hold_nothing(
             for stream in streams:
                 gateway.cancel(stream)
             gateway.cancel(999)
-            async with asyncio.timeout(1.5):
-                await idle(hotbayd)
+            await idle(hotbayd)
+            # Of what was not cancelled the end would have come.
             assert all(gateway.answers[stream].finish is None for stream in streams)
             for prompt, sampling in (
                 ([], greedy(4)),
