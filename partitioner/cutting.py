@@ -16,7 +16,7 @@ from types import MappingProxyType
 from partitioner.errors import LayoutMovedError
 from partitioner.geometry import Instance
 from partitioner.gpu import Gpu, MigInstance
-from partitioner.layout import GpuPlan, GpuState, MigChange, Plan, Share, share_ids
+from partitioner.layout import GpuPlan, GpuState, MigChange, Plan, Share, share_identities
 
 Shares = Mapping[Instance | None, tuple[Share, ...]]
 _NOTHING: Shares = MappingProxyType({})
@@ -96,14 +96,13 @@ class Cut:
         """The shares of each place that has any."""
         return {each.place: each.shares for each in self.divided}
 
-    def partitions(self, index: int) -> dict[str, Share | None]:
-        """The partitions of GPU `index`, each with its share's limits."""
+    def partitions(self, index: int) -> dict[str, tuple[Share | None, ...]]:
+        """The partitions of GPU `index`, each with what it is."""
         places: tuple[Instance | None, ...] = self.instances if self.mig_enabled else (None,)
-        named: dict[str, Share | None] = {}
+        named: dict[str, tuple[Share | None, ...]] = {}
         for place in places:
             parent = f"gpu{index}" if place is None else f"gpu{index}/{place}"
-            shares = self.shares.get(place, ())
-            named.update(zip(share_ids(parent, shares), shares or (None,), strict=True))
+            named |= share_identities(parent, self.shares.get(place, ()))
         return named
 
 

@@ -36,11 +36,15 @@ class MigChange(StrEnum):
 
 @dataclass(frozen=True)
 class Share:
-    """An MPS share of a GPU or instance. None: no limit. `thread_percent` is a ceiling."""
+    """An MPS share of a GPU or instance. None: no limit. `thread_percent` is a ceiling.
+
+    One with `sm_count` has so many multiprocessors to itself: a static SM partition.
+    """
 
     memory_bytes: int | None = None
     thread_percent: int | None = None
     owner: str = ""
+    sm_count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class GpuState:
     """One GPU as it is cut now. `foreign` instances are not ours: nothing may be done to them.
     `cleared` ones are not ours either, but are to become so once nobody uses them.
 
-    `shares` are the MPS shares under the whole GPU (None) or under an instance.
+    `shares` are the MPS shares under the whole GPU (None) or under an instance. `sm_chunk` is how
+    many of its `sm_count` multiprocessors are given to static shares at a time; 0: none ever.
     """
 
     uuid: str
@@ -63,6 +68,8 @@ class GpuState:
     foreign: frozenset[Instance] = frozenset()
     cleared: frozenset[Instance] = frozenset()
     shares: Mapping[Instance | None, tuple[Share, ...]] = field(default_factory=dict)
+    sm_count: int = 0
+    sm_chunk: int = 0
 
     def partition_id(self, instance: Instance | None) -> str:
         """The name of the whole GPU (None) or of one of its instances."""
@@ -78,6 +85,17 @@ def share_ids(parent: str, shares: tuple[Share, ...]) -> tuple[str, ...]:
     if not shares:
         return (parent,)
     return tuple(f"{parent}/mps{index}" for index in range(len(shares)))
+
+
+def share_identities(parent: str, shares: tuple[Share, ...]) -> dict[str, tuple[Share | None, ...]]:
+    """What each partition there is: the same in two layouts, it can be kept.
+
+    A static share is one of all the shares of its place, since none can be made among clients.
+    """
+    values: tuple[Share | None, ...] = shares or (None,)
+    others = shares if any(each.sm_count for each in shares) else ()
+    pairs = zip(share_ids(parent, shares), values, strict=True)
+    return {name: (value, *others) for name, value in pairs}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,10 @@ has one meaning, and whatever is refused names its line, the reason and what to 
               - {memory: 12GiB, threads: 50, owner: team-c}
       - index: 1                   # no partitions: the whole GPU is one
         owner: team-d
+      - index: 2
+        shares:                    # each with multiprocessors to itself
+          - {memory: 60GiB, sm: 96}
+          - {memory: 60GiB, sm: 32}
 """
 
 from __future__ import annotations
@@ -79,6 +83,7 @@ class ShareEntry(StrictModel):
 
     memory: Size | None = None
     threads: Annotated[int, Field(ge=1, le=100)] | None = None
+    sm: Annotated[int, Field(ge=1)] | None = None
     owner: Owner | None = None
     isolation: Isolation = "process"
 
@@ -89,10 +94,15 @@ class ShareEntry(StrictModel):
                 "a share has walls between processes only: for isolation: hardware write it as a "
                 "partition with a profile or a need"
             )
-        limited = self.memory is not None or self.threads is not None
+        if self.sm is not None and self.threads is not None:
+            raise ValueError(
+                "a share has multiprocessors to itself (sm) or a ceiling on the common ones "
+                "(threads): take one of the two away"
+            )
+        limited = any(each is not None for each in (self.memory, self.threads, self.sm))
         if self.isolation == "none" and limited:
             raise ValueError(
-                "isolation: none keeps no limits: take memory and threads away, or write "
+                "isolation: none keeps no limits: take memory, threads and sm away, or write "
                 "isolation: process"
             )
         if self.memory is not None and parse_size(self.memory) < CONTEXT_BYTES:
@@ -105,7 +115,7 @@ class ShareEntry(StrictModel):
     def share(self) -> Share:
         """The share as a value."""
         limit = None if self.memory is None else parse_size(self.memory)
-        return Share(limit, self.threads, self.owner or "")
+        return Share(limit, self.threads, self.owner or "", self.sm)
 
 
 Shares = Annotated[tuple[ShareEntry, ...], Field(max_length=MAX_SHARES)]
@@ -223,6 +233,8 @@ def _share_entries(shares: tuple[Share, ...]) -> dict[str, Any]:
             entry["memory"] = format_size(each.memory_bytes)
         if each.thread_percent is not None:
             entry["threads"] = each.thread_percent
+        if each.sm_count is not None:
+            entry["sm"] = each.sm_count
         if each.owner:
             entry["owner"] = each.owner
         entries.append(entry)

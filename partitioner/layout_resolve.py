@@ -96,6 +96,7 @@ class _Resolver:
 
     def gpu(self, entry: GpuEntry, path: KeyPath, state: GpuState) -> GpuWanted:
         self._check_shares(entry.shares, (*path, "shares"), state.memory_bytes, "the GPU")
+        self._check_static(entry.shares, (*path, "shares"), state)
         shares = tuple(each.share() for each in entry.shares)
         instances: tuple[Wanted, ...] | None = None
         if entry.partitions is not None:
@@ -130,6 +131,13 @@ class _Resolver:
         # Every profile that serves a need is as large as the smallest in the list, or larger.
         room_bytes = min(profile.memory_bytes for profile in profiles)
         self._check_shares(entry.shares, (*path, "shares"), room_bytes, what)
+        for index, each in enumerate(entry.shares):
+            if each.sm is not None:
+                raise self.refusal(
+                    (*path, "shares", index, "sm"),
+                    "only shares of a whole GPU can have multiprocessors to themselves: write "
+                    "`threads`, or an instance for each",
+                )
         shares = tuple(each.share() for each in entry.shares)
         return Wanted(options, what, entry.owner or "", shares, self.line(path))
 
@@ -205,6 +213,45 @@ class _Resolver:
                     f"the shares up to here promise {format_size(promised_bytes)}, {where} has "
                     f"{format_size(room_bytes)}; lower their memory by "
                     f"{format_size(_up_to_mib(sum(limits) - room_bytes))} in all",
+                )
+
+    def _check_static(self, shares: Sequence[ShareEntry], path: KeyPath, state: GpuState) -> None:
+        """Multiprocessors are given away in whole chunks, each once, and to all shares or none."""
+        if all(each.sm is None for each in shares):
+            return
+        chunk, where = state.sm_chunk, f"gpu{state.index} ({state.product})"
+        room = state.sm_count // chunk * chunk if chunk else 0
+        given = 0
+        for index, each in enumerate(shares):
+            if each.sm is None:
+                raise self.refusal(
+                    (*path, index),
+                    "where one share has multiprocessors to itself nobody comes in without: give "
+                    "this one `sm` too, or write `threads` everywhere",
+                )
+            here = (*path, index, "sm")
+            if not room:
+                raise self.refusal(
+                    here,
+                    f"{where} gives no share multiprocessors of its own, which takes an Ampere GPU "
+                    "or a newer one: write `threads`",
+                )
+            if each.sm % chunk:
+                below, above = each.sm // chunk * chunk, -(-each.sm // chunk) * chunk
+                fit = " or ".join(str(one) for one in (below, above) if 0 < one <= room)
+                raise self.refusal(
+                    here,
+                    f"{where} gives multiprocessors away {chunk} at a time, so {each.sm} does not "
+                    f"come out even: write {fit or room}",
+                )
+            given += each.sm
+            if given > room:
+                wanted = sum(one.sm or 0 for one in shares)
+                raise self.refusal(
+                    here,
+                    f"the shares up to here have {given} multiprocessors to themselves, {where} "
+                    f"has {room} in whole chunks of {chunk}; lower their sm by {wanted - room} in "
+                    "all",
                 )
 
 

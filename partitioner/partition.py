@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from partitioner.cutting import Owned
 from partitioner.gpu import Gpu, GpuHealth
+from partitioner.mps.control import Limits
 from partitioner.mps.shared import SharedPlace
 
 
@@ -121,9 +122,22 @@ def _divided(whole: Partition, shared: SharedPlace | None) -> Iterable[Partition
             id=name,
             kind=PartitionKind.MPS,
             memory_bytes=limits.memory_bytes,
-            sm_count=whole.sm_count * limits.thread_percent // 100,
+            sm_count=_sm_count(whole, limits),
             place_bytes=whole.memory_bytes,
-            thread_percent=limits.thread_percent,
+            thread_percent=_thread_percent(whole, limits),
         )
         for name, limits in zip(shared.partitions, shared.limits, strict=True)
     )
+
+
+def _sm_count(whole: Partition, limits: Limits) -> int:
+    """Of a share: its own multiprocessors, or the most that it may use of the common ones."""
+    if limits.sm_count is not None:
+        return limits.sm_count
+    return whole.sm_count * limits.thread_percent // 100
+
+
+def _thread_percent(whole: Partition, limits: Limits) -> int:
+    if limits.sm_count is None or not whole.sm_count:
+        return limits.thread_percent
+    return max(1, 100 * limits.sm_count // whole.sm_count)

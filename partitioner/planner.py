@@ -22,6 +22,7 @@ from partitioner.layout import (
     MigChange,
     Plan,
     Share,
+    share_identities,
     share_ids,
 )
 from partitioner.placing import choose
@@ -73,7 +74,7 @@ def plan_id(current: Iterable[GpuState], wanted: Iterable[GpuWanted]) -> str:
 
 
 def _share_values(shares: Iterable[Share]) -> list[list[object]]:
-    return [[each.memory_bytes, each.thread_percent, each.owner] for each in shares]
+    return [[each.memory_bytes, each.thread_percent, each.owner, each.sm_count] for each in shares]
 
 
 def _plan_gpu(state: GpuState, wish: GpuWanted, costs: Costs) -> GpuPlan:
@@ -149,15 +150,15 @@ def _mig_change(state: GpuState, wish: GpuWanted) -> MigChange:
     return MigChange.ENABLE if wants_mig else MigChange.DISABLE
 
 
-def _partitions(state: GpuState, own: tuple[Instance, ...]) -> dict[str, Share | None]:
-    """The partitions that are there, each with its share's limits."""
+def _partitions(state: GpuState, own: tuple[Instance, ...]) -> dict[str, tuple[Share | None, ...]]:
+    """The partitions that are there, each with what it is."""
     places: tuple[Instance | None, ...] = own if state.mig_enabled else (None,)
     return _by_name((state.partition_id(each), state.shares.get(each, ())) for each in places)
 
 
 def _wanted_partitions(
     state: GpuState, wish: GpuWanted, chosen: tuple[Instance, ...]
-) -> dict[str, Share | None]:
+) -> dict[str, tuple[Share | None, ...]]:
     if wish.instances is None:
         return _by_name([(state.partition_id(None), wish.shares)])
     pairs = sorted(zip(chosen, wish.instances, strict=True), key=lambda pair: pair[0])
@@ -174,9 +175,10 @@ def _wanted_shares(
     return {place: each.shares for place, each in pairs if each.shares}
 
 
-def _by_name(places: Iterable[tuple[str, tuple[Share, ...]]]) -> dict[str, Share | None]:
-    named: dict[str, Share | None] = {}
+def _by_name(
+    places: Iterable[tuple[str, tuple[Share, ...]]],
+) -> dict[str, tuple[Share | None, ...]]:
+    named: dict[str, tuple[Share | None, ...]] = {}
     for parent, shares in places:
-        values: tuple[Share | None, ...] = shares or (None,)
-        named.update(zip(share_ids(parent, shares), values, strict=True))
+        named |= share_identities(parent, shares)
     return named

@@ -73,7 +73,7 @@ def engine_part(name: str, what: str, module: str, model: str, *asks: Ask, more:
 
 
 FIRST_TOKEN = "swap from STANDBY, {} in bf16, request to first token of a 64-token prompt"
-MPS_TESTS = "tests/partitioner/test_mps_contract.py"
+MPS_TESTS = ("tests/partitioner/test_mps_contract.py", "tests/partitioner/test_mps_static.py")
 PARTS = (
     Part(
         "contract",
@@ -194,13 +194,16 @@ PARTS = (
     Part(
         "nvml",
         "the driver's NVML passes the contract that the simulated one passes (read only)",
-        ("-m", "pytest", "-m", "gpu", "tests/partitioner", "--ignore", MPS_TESTS),
+        (
+            *("-m", "pytest", "-m", "gpu", "tests/partitioner"),
+            *(f"--ignore={path}" for path in MPS_TESTS),
+        ),
         120,
     ),
     Part(
         "mps",
         "the driver's MPS control daemon keeps limits (own directories, no mode is changed)",
-        ("-m", "pytest", "-m", "gpu", MPS_TESTS),
+        ("-m", "pytest", "-m", "gpu", *MPS_TESTS),
         300,
     ),
     Part(

@@ -47,10 +47,14 @@ class MpsServer:
 
 @dataclass(frozen=True)
 class Limits:
-    """What each client of a share may have at most: ceilings, not reservations."""
+    """What each client of a share may have at most: ceilings, not reservations.
+
+    With `sm_count` it has so many multiprocessors to itself, and no ceiling on threads.
+    """
 
     memory_bytes: int
     thread_percent: int
+    sm_count: int | None = None
 
 
 class MpsControl(Protocol):
@@ -70,11 +74,14 @@ class MpsControl(Protocol):
         """Whether the daemon runs and answers."""
         ...
 
-    async def share(self, limits: tuple[Limits, ...]) -> None:
+    async def share(self, limits: tuple[Limits, ...]) -> tuple[str, ...]:
         """Let there be so many shares with these limits, and a server that serves them.
 
         Starts what does not run. What runs stays, and so do its clients, whose limits are those of
         when they came. Raises `MpsLimitError` when what is read back is not what was asked.
+
+        Where they have multiprocessors to themselves the daemon is always a new one, and the answer
+        is what clients of each share name its partition by; else it is empty.
         """
         ...
 
@@ -112,6 +119,7 @@ def limits_of(share: Share, place_bytes: int) -> Limits:
     return Limits(
         share.memory_bytes if share.memory_bytes is not None else place_bytes,
         share.thread_percent if share.thread_percent is not None else 100,
+        share.sm_count,
     )
 
 

@@ -27,6 +27,15 @@ from partitioner.mps.control import (
     size_text,
 )
 from partitioner.mps.lifetime import START_TIMEOUT_S, answered, ended, started, until
+from partitioner.mps.static import (
+    LIST_COMMAND,
+    START_FLAG,
+    add_command,
+    parse_added,
+    parse_listed,
+    remove_command,
+    sm_count_of,
+)
 
 
 class LegacyControl:
@@ -47,18 +56,23 @@ class LegacyControl:
         """See `MpsControl.answers`."""
         return await answered(self.servers)
 
-    async def share(self, limits: tuple[Limits, ...]) -> None:
+    async def share(self, limits: tuple[Limits, ...]) -> tuple[str, ...]:
         """See `MpsControl.share`."""
+        static = any(each.sm_count for each in limits)
+        if static:
+            await self.stop()
         if not await self.answers():
-            await started(self._commands, self.answers)
+            await started(self._commands, self.answers, *((START_FLAG,) if static else ()))
+        partitions = await self._partitions(limits) if static else ()
         loosest = _loosest(limits)
-        await self._set("default_", "", loosest)
+        await self._set("default_", "", loosest, static=static)
         if not await self.servers():
             await self._say(f"start_server -uid {os.getuid()}")
         what = f"the MPS server of {self.pipe_directory} did not become active"
         await until(self._active, what, START_TIMEOUT_S)
         for pid in parse_pids(await self._say("get_server_list")):
-            await self._set("", f"{pid} ", loosest)
+            await self._set("", f"{pid} ", loosest, static=static)
+        return partitions
 
     async def limits(self, count: int) -> tuple[Limits, ...]:
         """See `MpsControl.limits`."""
@@ -97,11 +111,44 @@ class LegacyControl:
 
     def environment(self, number: int, limits: Limits) -> Mapping[str, str]:
         """See `MpsControl.environment`."""
+        threads = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(limits.thread_percent)}
         return {
             "CUDA_MPS_PIPE_DIRECTORY": str(self.pipe_directory),
-            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(limits.thread_percent),
+            **(threads if limits.sm_count is None else {}),
             "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": f"{self._device}={size_text(limits.memory_bytes)}",
         }
+
+    async def _partitions(self, limits: tuple[Limits, ...]) -> tuple[str, ...]:
+        """Make one for each share, of a daemon that has none; the chunk is the driver's to tell."""
+        first = await self._added(1)
+        chunk = await self._counted(first)
+        await self._say(remove_command(first))
+        names = []
+        for each in limits:
+            wanted = each.sm_count or 0
+            if not chunk or not wanted or wanted % chunk:
+                raise MpsLimitError(
+                    f"{self._device} gives multiprocessors away {chunk} at a time, and {wanted} "
+                    "do not come out even: change the share's `sm`"
+                )
+            names.append(await self._added(wanted // chunk))
+            told = await self._counted(names[-1])
+            if told != wanted:
+                raise MpsLimitError(
+                    f"MPS control of {self.pipe_directory} was asked for {wanted} multiprocessors "
+                    f"and gives {told}: look at its log"
+                )
+        return tuple(names)
+
+    async def _added(self, chunks: int) -> str:
+        try:
+            told = await self._say(add_command(self._device, chunks))
+        except MpsCommandError as error:  # Releases differ in whether a refusal is a failure.
+            told = str(error)
+        return parse_added(told, self._device)
+
+    async def _counted(self, name: str) -> int:
+        return sm_count_of(name, parse_listed(await self._say(LIST_COMMAND)))
 
     async def _say(self, *lines: str) -> str:
         return await self._commands.ask(text="\n".join(lines))
@@ -109,13 +156,15 @@ class LegacyControl:
     async def _active(self) -> bool:
         return any(each.status is ServerStatus.ACTIVE for each in await self.servers())
 
-    async def _set(self, which: str, server: str, limits: Limits) -> None:
-        """Set the default limits, or those of one server, and read them back."""
+    async def _set(self, which: str, server: str, limits: Limits, *, static: bool) -> None:
+        """Set the default limits, or those of one server, and read them back.
+
+        Percentages say nothing to a daemon that gives multiprocessors away; it keeps its 100.
+        """
         size = size_text(limits.memory_bytes)
-        await self._say(
-            f"set_{which}active_thread_percentage {server}{limits.thread_percent}",
-            f"set_{which}device_pinned_mem_limit {server}{self._device} {size}",
-        )
+        percent = f"set_{which}active_thread_percentage {server}{limits.thread_percent}"
+        memory = f"set_{which}device_pinned_mem_limit {server}{self._device} {size}"
+        await self._say(*((memory,) if static else (percent, memory)))
         try:
             told = await self._limits(which, server)
         except MpsAnswerError as error:

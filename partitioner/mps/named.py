@@ -50,7 +50,7 @@ class NamedControl:
         """See `MpsControl.answers`."""
         return await answered(self._servers)
 
-    async def share(self, limits: tuple[Limits, ...]) -> None:
+    async def share(self, limits: tuple[Limits, ...]) -> tuple[str, ...]:
         """See `MpsControl.share`."""
         if not await self.answers():
             await started(self._commands, self.answers, "-p", "3")
@@ -72,6 +72,7 @@ class NamedControl:
                 await self._commands.ask(
                     "namespace", "delete", name, f"--server={SERVER}", "--force"
                 )
+        return ()
 
     async def limits(self, count: int) -> tuple[Limits, ...]:
         """See `MpsControl.limits`."""

@@ -27,7 +27,7 @@ from partitioner.mps.commands import REAL_CONTROL
 from partitioner.mps.control import Language, Limits, MpsControl
 from partitioner.mps.lifetime import PID_FILE
 from partitioner.mps.preflight import look
-from partitioner.mps.probing import control, language_of
+from partitioner.mps.probing import control, language_of, refuse_without_static
 from partitioner.mps.recovery import recover
 from partitioner.mps.shared import SharedPlace
 from partitioner.mps.sightings import SeenPlace, Sightings
@@ -76,14 +76,17 @@ class MpsPlaces:
         except MpsError:  # There is not even a program any more.
             return False
 
-    async def refuse_missing(self) -> None:
-        """Raise `MpsUnavailableError` where there is no control program."""
+    async def refuse_missing(self, *, static: bool) -> None:
+        """Raise `MpsUnavailableError` without a control program, or one that has what it takes."""
         await language_of(self._programs.control, self._root)
+        if static:
+            await refuse_without_static(self._programs.control, self._root)
 
     async def share(self, gpu: Gpu, place: Instance | None, shares: tuple[Share, ...]) -> None:
         """Divide a place so. Shares that it has already with the same limits are not disturbed."""
         language = Language.LEGACY
-        if place is None:  # Namespaces are promised for whole GPUs only.
+        static = any(each.sm_count for each in shares)
+        if place is None and not static:  # Namespaces are promised for whole GPUs only.
             language = await language_of(self._programs.control, self._root)
         wanted = _described(gpu, place, shares, language, self._boot_id)
         async with self._turn:
@@ -91,12 +94,19 @@ class MpsPlaces:
             if old is not None and (old.language, old.device) != (language, wanted.device):
                 await self._control(old).stop()
                 old = None
-            notes.write(self._root, wanted)
             mps = self._control(wanted)
             kept: tuple[Limits, ...] = ()
             if old is not None and old.ready and await mps.answers():
-                kept = old.limits
-            await mps.share(wanted.limits)
+                if wanted.static and old.limits == wanted.limits:
+                    # It could only be made anew, under its clients.
+                    notes.write(self._root, replace(old, shares=shares))
+                    return
+                kept = () if wanted.static or old.static else old.limits
+            notes.write(self._root, wanted)
+            if old is not None and old.static:
+                await mps.stop()  # Nobody comes in there without multiprocessors of his own.
+            names = await mps.share(wanted.limits)
+            wanted = replace(wanted, sm_partitions=names)
             fresh = [
                 number
                 for number, limits in enumerate(wanted.limits)
@@ -133,7 +143,7 @@ class MpsPlaces:
         for each in self.noted():
             if partition in each.partitions:
                 number = each.partitions.index(partition)
-                variables = self._control(each).environment(number, each.limits[number])
+                variables = each.environment(self._control(each), number)
                 words = (f"{name}={value}" for name, value in variables.items())
                 return ("env", *words, *self._programs.prefix)
         return ()
@@ -158,7 +168,8 @@ class MpsPlaces:
             async with self._turn:
                 try:
                     if not await self._control(each).answers():
-                        await self._control(each).share(each.limits)
+                        names = await self._control(each).share(each.limits)
+                        notes.write(self._root, replace(each, sm_partitions=names))
                 except MpsError as error:
                     problems.append(f"{each.name} has no MPS daemon: {error}")
         return tuple(problems)
@@ -189,7 +200,8 @@ class MpsPlaces:
 
                 seen = await self._sightings.look(each, mps, workers)
                 if seen.in_fault:
-                    await recover(mps, each.limits, end_all)
+                    names = await recover(mps, each.limits, end_all)
+                    notes.write(self._root, replace(each, sm_partitions=names))
                     mended.append(each.name)
                     continue
                 astray = seen.astray

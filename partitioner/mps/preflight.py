@@ -60,6 +60,11 @@ def unlike(shared: SharedPlace, limits: Limits, sight: Sight | str) -> str:
     """What is wrong with a sight; empty when nothing is. A string is a client's own complaint."""
     if isinstance(sight, str):
         return f"no client can be there, {sight or 'it said nothing'}"
+    if limits.sm_count is not None and sight.multiprocessors != limits.sm_count:
+        return (
+            f"a client sees {sight.multiprocessors} multiprocessors instead of the "
+            f"{limits.sm_count} that its share has to itself"
+        )
     most = max(1, shared.sm_count * limits.thread_percent // 100)
     if shared.sm_count and not 0 < sight.multiprocessors <= most:
         return f"a client sees {sight.multiprocessors} multiprocessors instead of at most {most}"
@@ -72,7 +77,7 @@ async def _client(
     shared: SharedPlace, control: MpsControl, client: tuple[str, ...], number: int
 ) -> asyncio.subprocess.Process:
     limits = shared.limits[number]
-    variables = {**control.environment(number, limits), "CUDA_VISIBLE_DEVICES": shared.device}
+    variables = {**shared.environment(control, number), "CUDA_VISIBLE_DEVICES": shared.device}
     return await asyncio.create_subprocess_exec(
         *("env", *(f"{name}={value}" for name, value in variables.items())),
         *(*client, "--multiprocessors", str(shared.sm_count)),

@@ -29,8 +29,11 @@ async def faulted(control: MpsControl) -> bool:
 
 async def recover(
     control: MpsControl, limits: tuple[Limits, ...], end_clients: Callable[[], Awaitable[None]]
-) -> None:
-    """End every client, and have an active server with these limits again. Raises `MpsError`."""
+) -> tuple[str, ...]:
+    """End every client, and have an active server with these limits again. Raises `MpsError`.
+
+    What comes back is that of `MpsControl.share`.
+    """
     with contextlib.suppress(MpsError):
         for pid in await control.clients():
             with contextlib.suppress(MpsError):
@@ -46,4 +49,4 @@ async def recover(
             await until(well, "", RECOVERY_TIMEOUT_S)
     except MpsTimeoutError:
         await control.stop()
-    await control.share(limits)
+    return await control.share(limits)

@@ -15,7 +15,8 @@ import msgspec
 
 from partitioner.geometry import Instance
 from partitioner.layout import Share, share_ids
-from partitioner.mps.control import Language, Limits, limits_of
+from partitioner.mps.control import Language, Limits, MpsControl, limits_of
+from partitioner.mps.static import VARIABLE
 
 NOTE_NAME = "shares.json"
 
@@ -24,7 +25,8 @@ NOTE_NAME = "shares.json"
 class SharedPlace:
     """A GPU or GPU instance (`place`) under a control daemon, and what it is divided into.
 
-    `name` is the place's as a partition, `device` the UUID that CUDA knows it by.
+    `name` is the place's as a partition, `device` the UUID that CUDA knows it by. `sm_partitions`
+    is what clients of each share name its multiprocessors by, where they have some to themselves.
     """
 
     name: str
@@ -37,6 +39,12 @@ class SharedPlace:
     shares: tuple[Share, ...]
     boot_id: str
     ready: bool = False
+    sm_partitions: tuple[str, ...] = ()
+
+    @property
+    def static(self) -> bool:
+        """Whether its shares have multiprocessors to themselves."""
+        return any(each.sm_count for each in self.shares)
 
     @property
     def partitions(self) -> tuple[str, ...]:
@@ -47,6 +55,13 @@ class SharedPlace:
     def limits(self) -> tuple[Limits, ...]:
         """The limits of its shares, in order."""
         return tuple(limits_of(each, self.memory_bytes) for each in self.shares)
+
+    def environment(self, control: MpsControl, number: int) -> dict[str, str]:
+        """What a process must be started with to be a client of the share of that number."""
+        variables = dict(control.environment(number, self.limits[number]))
+        if self.sm_partitions:
+            variables[VARIABLE] = self.sm_partitions[number]
+        return variables
 
     def directory(self, root: Path) -> Path:
         """Where its daemon's directories are. Short, since the path of a socket is bounded.

@@ -139,6 +139,7 @@ async def _told(shared: SharedPlace, control: MpsControl) -> dict[str, Limits]:
         name: Limits(
             min(daemon.memory_bytes, share.memory_bytes),
             min(daemon.thread_percent, share.thread_percent),
+            share.sm_count,
         )
         for name, daemon, share in own
     }

@@ -32,7 +32,11 @@ def wishes(variables: dict[str, str]) -> dict[str, Any]:
         if size:
             memory[device] = int(size[:-1]) * _UNITS[size[-1]]
     percent = variables.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
-    return {"memory": memory, "percent": None if percent is None else float(percent)}
+    return {
+        "memory": memory,
+        "percent": None if percent is None else float(percent),
+        "partition": variables.get("CUDA_MPS_SM_PARTITION"),
+    }
 
 
 def connected(variables: dict[str, str]) -> tuple[socket.socket, dict[str, Any]]:
@@ -60,8 +64,9 @@ def main(arguments: list[str]) -> int:
         os.execvp(arguments[1], arguments[1:])
     place = dict(zip(arguments[::2], arguments[1::2], strict=True))
     total_bytes = int(place["--memory-bytes"])
+    ceiling = int(int(place["--multiprocessors"]) * granted["thread_percent"] / 100)
     seen = {
-        "multiprocessors": int(int(place["--multiprocessors"]) * granted["thread_percent"] / 100),
+        "multiprocessors": granted["sm_count"] or ceiling,
         "memory_bytes": min(total_bytes, granted["memory_bytes"] or total_bytes),
     }
     print(json.dumps(seen), flush=True)

@@ -1,13 +1,15 @@
 """A stand-in for `nvidia-cuda-mps-control`: the program, which carries commands to its daemon.
 
     python -m partitioner.simulated.mps_control -d [-p 3]    put a daemon in the background
+    ... -d -S                                                one that gives multiprocessors away
     ... < commands                                           v2: a command a line
     ... MODULE VERB [ARGUMENTS]                              v3: a command
     ... -p 3 -h | -v | -q                                    help, version, quit
 
 It owns the command line. The daemon is `mps_daemon`, loaded only where one is started: commands are
 many, and each is a process. The invariant: a daemon that runs decides the protocol, whatever is
-asked for. `--newest 2` before all else makes it the program of an older driver.
+asked for. Before all else `--newest 2` and `--version 13000` make it the program of an older
+driver; `--multiprocessors UUID=COUNT/CHUNK` tells what a device has to give away.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ MESSAGE_BYTES_MAX = 1 << 16
 START_TIMEOUT_S = 20.0
 ANSWER_TIMEOUT_S = 10.0
 NO_DAEMON = "Cannot find MPS control daemon process\n"
-VERSION = "hotbay's stand-in for nvidia-cuda-mps-control"
+VERSION = 13040
+FIRST_STATIC_VERSION = 13010
 
 
 def carry(pipes: str, asked: dict[str, Any]) -> tuple[str, int]:
@@ -69,16 +72,41 @@ def start(pipes: str, arguments: list[str], protocol: int) -> int:
     return 0
 
 
+def serve(pipes: str, protocol: int, clients_max: int, devices: dict[str, str] | None) -> None:
+    """Be the daemon; with `devices` one whose multiprocessors are given away."""
+    from pathlib import Path
+
+    from partitioner.simulated.mps_chunks import Chunks
+    from partitioner.simulated.mps_daemon import Daemon
+
+    device, chunks = os.environ.get("CUDA_VISIBLE_DEVICES", "0"), None
+    if devices is not None:
+        count, _, size = devices.get(device, "0/1").partition("/")
+        chunks = Chunks(device, int(count), int(size))
+    Daemon(Path(pipes), protocol, device, clients_max, chunks).run()
+
+
 def main(arguments: list[str]) -> int:
     """The program; its exit code."""
-    own, clients_max, newest = list(arguments), CLIENTS_MAX, 3
-    while own[:1] in (["--clients-max"], ["--newest"]):
-        if own[0] == "--newest":
-            newest = int(own[1])
+    own, given = (
+        list(arguments),
+        {"--clients-max": CLIENTS_MAX, "--newest": 3, "--version": VERSION},
+    )
+    devices: dict[str, str] = {}
+    while own and own[0] in (*given, "--multiprocessors"):
+        if own[0] in given:
+            given[own[0]] = int(own[1])
         else:
-            clients_max = int(own[1])
+            device, _, sizes = own[1].partition("=")
+            devices[device] = sizes
         del own[:2]
-    settings = arguments[: len(arguments) - len(own)]
+    settings, newest = arguments[: len(arguments) - len(own)], given["--newest"]
+    static = "-S" in own
+    if static:
+        if given["--version"] < FIRST_STATIC_VERSION:
+            print("unknown option -S")
+            return 1
+        own.remove("-S")
     asked = "2"
     if "-p" in own:
         if newest < 3:
@@ -92,21 +120,16 @@ def main(arguments: list[str]) -> int:
     pipes = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
     match own:
         case ["-v"]:
-            print(VERSION)
+            print(f"CUDA MPS Control Daemon, the stand-in for it; version {given['--version']}")
         case ["-h"]:
             modules = (
                 "modules: server namespace client" if protocol == 3 else "get_server_list quit"
             )
             print(f"usage: -d -f -q -h -v; {modules}")
         case ["-d"]:
-            return start(pipes, settings, protocol)
+            return start(pipes, [*settings, *(["-S"] if static else [])], protocol)
         case ["-f"]:
-            from pathlib import Path
-
-            from partitioner.simulated.mps_daemon import Daemon
-
-            device = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-            Daemon(Path(pipes), protocol, device, clients_max).run()
+            serve(pipes, protocol, given["--clients-max"], devices if static else None)
         case _:
             lines = [] if own else [line for line in sys.stdin.read().splitlines() if line.strip()]
             text, code = carry(pipes, {"lines": lines, "words": own})

@@ -14,9 +14,11 @@ import os
 import selectors
 import socket
 import struct
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from partitioner.simulated.mps_chunks import Chunks
 from partitioner.simulated.mps_control import (
     CLIENTS_SOCKET,
     COMMANDS_SOCKET,
@@ -30,10 +32,17 @@ from partitioner.simulated.mps_texts import legacy, named
 class Daemon:
     """Answers commands and takes clients until it is told to quit."""
 
-    def __init__(self, pipes: Path, protocol: int, device: str, clients_max: int) -> None:
+    def __init__(
+        self,
+        pipes: Path,
+        protocol: int,
+        device: str,
+        clients_max: int,
+        chunks: Chunks | None = None,
+    ) -> None:
         self._pipes = pipes
         self._protocol = protocol
-        self._state = MpsState(device, clients_max, os.getpid())
+        self._state = MpsState(device, clients_max, os.getpid(), chunks)
         self._selector = selectors.DefaultSelector()
         self._listening: dict[tuple[str, str], socket.socket] = {}
         self._clients: dict[int, socket.socket] = {}
@@ -139,9 +148,11 @@ class Daemon:
             server = str(uid)
             if not self._state.servers:
                 self._state.start_server(server, uid, self._state.device)
-        limits = self._state.connect(pid, server, namespace, said["memory"], said["percent"])
+        limits = self._state.connect(
+            pid, server, namespace, said["memory"], said["percent"], said["partition"]
+        )
         if isinstance(limits, SharedLimits):
-            return {"memory_bytes": limits.memory_bytes, "thread_percent": limits.thread_percent}
+            return asdict(limits)
         return {"error": limits}
 
     def _drop(self, connection: socket.socket) -> None:

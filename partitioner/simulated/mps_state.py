@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from partitioner.simulated.mps_chunks import INVALID, Chunks
+
 NOT_READY = "CUDA_ERROR_MPS_SERVER_NOT_READY"
 FULL = "CUDA_ERROR_MPS_MAX_CLIENTS_REACHED"
 NO_SERVER = "CUDA_ERROR_MPS_CONNECTION_FAILED"
@@ -23,6 +25,8 @@ class SharedLimits:
 
     memory_bytes: int | None = None
     thread_percent: float = 100.0
+    sm_count: int | None = None
+    """Multiprocessors to itself, which no percentage limits."""
 
     def tightened(self, memory_bytes: int | None, percent: float | None) -> SharedLimits:
         """These, tightened by what a client asks of itself."""
@@ -53,8 +57,11 @@ class Server:
 class MpsState:
     """One control daemon on the device with the UUID `device`."""
 
-    def __init__(self, device: str, clients_max: int, first_pid: int) -> None:
+    def __init__(
+        self, device: str, clients_max: int, first_pid: int, chunks: Chunks | None = None
+    ) -> None:
         self.device = device
+        self.chunks = chunks
         self.defaults = SharedLimits()
         self.servers: dict[str, Server] = {}
         self._clients_max = clients_max
@@ -73,12 +80,18 @@ class MpsState:
         return next((each for each in self.servers.values() if each.pid == pid), None)
 
     def connect(
-        self, pid: int, name: str, namespace: str, memory: dict[str, int], percent: float | None
+        self,
+        pid: int,
+        name: str,
+        namespace: str,
+        memory: dict[str, int],
+        percent: float | None,
+        partition: str | None = None,
     ) -> SharedLimits | str:
         """Take a client, with limits, or refuse it with an error of CUDA's.
 
         `memory` is what it asks of itself by device. One that names a device which is not visible
-        has no limit of memory at all, as with the real one.
+        has no limit of memory at all, as with the real one. `partition` is the static one it names.
         """
         server = self.servers.get(name)
         if server is None or namespace not in server.namespaces:
@@ -87,6 +100,9 @@ class MpsState:
             return NOT_READY
         if len(server.clients) >= self._clients_max:
             return FULL
+        sm_count = self.chunks.granted(partition) if self.chunks is not None else None
+        if sm_count == 0:
+            return INVALID
         server.clients[pid] = namespace
         known = {self.device, "0"}
         limits = server.namespaces[namespace].tightened(
@@ -94,6 +110,8 @@ class MpsState:
         )
         if set(memory) - known:
             limits.memory_bytes = None
+        if sm_count is not None:
+            limits.sm_count, limits.thread_percent = sm_count, 100.0
         return limits
 
     def gone(self, pid: int) -> None:

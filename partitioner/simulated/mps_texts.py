@@ -62,6 +62,12 @@ def legacy(state: MpsState, line: str) -> Answer:
             return _keep(state, server.limits, device, size), 0
         case ["get_device_pinned_mem_limit", pid, device] if server := _server(state, pid):
             return _told(state, server.limits, device), 0
+        case ["sm_partition", "add", device, chunks] if state.chunks is not None:
+            return state.chunks.add(device, int(chunks), _busy(state)) + "\n", 0
+        case ["sm_partition", "rm", device, name] if state.chunks is not None:
+            return state.chunks.remove(device, name, _busy(state)) + "\n", 0
+        case ["lspart"] if state.chunks is not None:
+            return state.chunks.table(_busy(state)) + "\n", 0
     return f"Unknown command or server: {line.strip()}\n", 1
 
 
@@ -154,6 +160,10 @@ def _namespace_verb(state: MpsState, words: list[str], options: dict[str, str]) 
             if field == "pinned-memory-limit":
                 return _size(limits.memory_bytes) + "\n"
     raise Refused(f"unknown verb: namespace {' '.join(words)}")
+
+
+def _busy(state: MpsState) -> bool:
+    return any(True for _ in state.clients())
 
 
 def _server(state: MpsState, pid: str) -> Server | None:

@@ -166,7 +166,7 @@ class Reason(StrEnum):
     )
     MPS_UNAVAILABLE = (
         "MPS_UNAVAILABLE", Code.FAILED_PRECONDITION,
-        "install nvidia-cuda-mps-control, or share nothing",
+        "install or update nvidia-cuda-mps-control as the message says, or share otherwise",
     )
     IMAGE_IN_USE = (
         "IMAGE_IN_USE", Code.FAILED_PRECONDITION, "unload or unpin the models that use the image",

@@ -172,9 +172,12 @@ def test_gpus_in_trouble_are_named_with_what_mends_it(
 
 def test_the_control_program_is_asked_for_its_protocol(host: FakeHost, config: Config) -> None:
     subject = Subject(config, host, (H200,))
-    assert states(subject)["MPS"].found == "/usr/bin/mps, protocol 2 (3 from driver 615)"
+    static = "shares with multiprocessors of their own"
+    found = f"/usr/bin/mps, protocol 2 (3 from driver 615); {static} from driver 590"
+    assert states(subject)["MPS"].found == found
     host.outputs["/usr/bin/mps", "-p", "3", "-h"] = "namespace create NAME\n"
-    assert states(subject)["MPS"].found == "/usr/bin/mps, protocols 2 and 3"
+    host.outputs["/usr/bin/mps", "-v"] = "version 13010\n"
+    assert states(subject)["MPS"].found == f"/usr/bin/mps, protocols 2 and 3; {static}"
     assert SystemHost().output("/bin/sh", "-c", "echo up; echo down") == "up\ndown\n"
     assert SystemHost().output("/bin/sh", "-c", "echo up; exit 1") == ""
 

@@ -30,6 +30,8 @@ HEAD = "version: 1\ngpus:\n- index: 0\n"
 SHARED = HEAD + "  shares: [{memory: 60GiB, threads: 50, owner: team-a}, {memory: 60GiB}]\n"
 WIDER = HEAD + "  shares: [{memory: 60GiB, threads: 50, owner: team-a}, {threads: 25}]\n"
 IN_MIG = HEAD + "  partitions: [{profile: 3g.71gb, start: 4, shares: [{threads: 50}]}]\n"
+STATIC = HEAD + "  shares: [{memory: 60GiB, sm: 96, owner: team-a}, {memory: 60GiB, sm: 32}]\n"
+EVEN = HEAD + "  shares: [{memory: 60GiB, sm: 64, owner: team-a}, {memory: 60GiB, sm: 64}]\n"
 WHOLE = "version: 1\ngpus: [{index: 0}]\n"
 PARTS = ["gpu0/mps0", "gpu0/mps1"]
 
@@ -144,5 +146,60 @@ def test_a_share_that_cannot_be_made_brings_the_old_layout_back(tmp_path: Path) 
         assert places(api).noted() == ()
         assert places(api).pids() == frozenset(), "no daemon is left"
         assert clean(api.stage)
+
+    play(tmp_path, scenario)
+
+
+def newer(api: Api) -> None:
+    """Give the node the control program of a driver with static partitions."""
+    programs = places(api)._programs
+    words = tuple("13010" if word == "13000" else word for word in programs.control)
+    object.__setattr__(programs, "control", words)
+
+
+def test_shares_with_multiprocessors_to_themselves(tmp_path: Path) -> None:
+    async def scenario(api: Api) -> None:
+        newer(api)
+        stage = api.stage
+        done = await apply(api, STATIC)
+        assert done.HasField("response"), done.error.message
+        parts = stage.node.world.partitions
+        assert [each.sm_count for each in parts.values()] == [96, 32]
+        (noted,) = places(api).noted()
+        words = places(api).prefix(PARTS[1])
+        assert f"CUDA_MPS_SM_PARTITION={noted.sm_partitions[1]}" in words
+        exported = await api.call(
+            f"{SERVICE}/GetLayout", partition_pb2.GetLayoutRequest(), partition_pb2.Layout
+        )
+        assert "sm: 96" in exported.text
+        assert not (await plan(api, exported.text)).changes
+        # Another that fails, once, brings both back as they were, under a new daemon.
+        programs, pids = places(api)._programs, places(api).pids()
+        look = programs.look
+        once = f'if mkdir {tmp_path}/once; then echo no; else exec "$@"; fi'
+        object.__setattr__(programs, "look", ("sh", "-c", once, "sh", *look))
+        assert reason_of(await apply(api, EVEN)) == "LAYOUT_FAILED"
+        assert [each.sm_count for each in parts.values()] == [96, 32]
+        assert [each.sm_count for each in places(api).noted()[0].shares] == [96, 32]
+        assert not places(api).pids() & pids
+        done = await apply(api, EVEN)
+        response = operation_response(done)
+        assert isinstance(response, partition_pb2.ApplyLayoutResponse)
+        assert [each.sm_count for each in stage.node.world.partitions.values()] == [64, 64]
+        assert set(response.destroyed) == set(PARTS), "none is made among the clients of another"
+        await apply(api, WHOLE)
+        assert places(api).pids() == frozenset()
+        assert clean(stage)
+
+    play(tmp_path, scenario)
+
+
+def test_without_static_partitions_nothing_is_touched(tmp_path: Path) -> None:
+    async def scenario(api: Api) -> None:
+        planned = await plan(api, STATIC)
+        _, reason, _, message = await refusal(begin(api, planned.plan_id))
+        assert (reason, "driver 590" in message) == ("MPS_UNAVAILABLE", True)
+        assert api.stage.fleet.removed == []
+        assert places(api).pids() == frozenset()
 
     play(tmp_path, scenario)

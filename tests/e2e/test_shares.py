@@ -129,6 +129,33 @@ def test_control_daemons_outlive_hotbayd_and_workers_do_not_outlive_them(
 
 
 @pytest.mark.slow
+def test_workers_have_multiprocessors_to_themselves_until_the_layout_goes(
+    start_node: NodeMaker, oracle: Oracle, tmp_path: Path
+) -> None:
+    board = tmp_path / "board.yaml"
+    board.write_text('version: 1\ndriver_version: "590.44"\ngpus: [{board: h200}]\n')
+    node = start_node(simulate=str(board), load=("prose",))
+    wish = SHARED.replace("threads: 50, owner", "sm: 96, owner").replace("threads: 50", "sm: 32")
+    node.client.wait(node.client.apply_layout(node.client.plan_layout(wish).plan_id))
+    assert [each.multiprocessors for each in node.client.partitions()] == [96, 32]
+    assert brought_back(node, "prose@1") == PARTS[0]
+    asyncio.run(ask(node, oracle))
+    assert clients(node) == set(workers(node).values())
+    # A fault takes daemon and partitions away; workers come back into new ones.
+    first, mps = workers(node), pid(node)
+    control(node, FAULT_COMMAND)
+    until(lambda: pid(node) not in (0, mps), node)
+    until(lambda: not set(workers(node).values()) & {0, *first.values()}, node)
+    until(lambda: clients(node) == set(workers(node).values()), node)
+    assert brought_back(node, "prose@1") == PARTS[0]
+    asyncio.run(ask(node, oracle))
+    plain = SHARED.split("  shares")[0]
+    node.client.wait(node.client.apply_layout(node.client.plan_layout(plain).plan_id))
+    assert names(node) == {"gpu0"}
+    assert not (pipes(node) / PID_FILE).exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["cleared", "cut"])
 def test_killed(
     start_node: NodeMaker, oracle: Oracle, point: str, monkeypatch: pytest.MonkeyPatch

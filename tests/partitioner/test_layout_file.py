@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -219,6 +220,55 @@ def test_an_export_of_shares_plans_to_nothing() -> None:
     text = export_layout(states)
     assert not plan_file(text, "export", states, Costs()).changes
     assert "1536MiB" in text
+
+
+def whole(board: str = "h200", sm_count: int = 132, chunk: int = 8) -> list[GpuState]:
+    (state,) = node(board)
+    return [replace(state, mig_enabled=False, sm_count=sm_count, sm_chunk=chunk)]
+
+
+def test_shares_with_multiprocessors_to_themselves() -> None:
+    wish = one_gpu("shares:", "- {memory: 60GiB, sm: 96, owner: a}", "- {memory: 60GiB, sm: 32}")
+    (planned,) = plan_file(wish, "f", whole(), Costs()).gpus
+    shares = planned.shares[None]
+    assert [(each.sm_count, each.thread_percent) for each in shares] == [(96, None), (32, None)]
+    there = [replace(whole()[0], shares={None: shares})]
+    text = export_layout(there)
+    assert "sm: 96, " in text or "sm: 96}" in text
+    assert not plan_file(text, "export", there, Costs()).changes
+
+
+@pytest.mark.parametrize(
+    ("shares", "line", "problem"),
+    [
+        (["{sm: 60}"], 5, "8 at a time, so 60 does not come out even: write 56 or 64"),
+        (["{sm: 4}"], 5, "write 8"),
+        (["{sm: 131}"], 5, "write 128"),
+        (["{sm: 200}"], 5, "has 128 in whole chunks of 8; lower their sm by 72"),
+        (["{sm: 96}", "{sm: 40}"], 6, "136 multiprocessors.*lower their sm by 8"),
+        (["{sm: 96}", "{threads: 10}"], 6, "give this one `sm` too, or write `threads`"),
+        (["{}", "{sm: 96}"], 5, "give this one `sm` too"),
+        (["{sm: 8, threads: 10}"], 5, "take one of the two away"),
+        (["{sm: 8, isolation: none}"], 5, "take memory, threads and sm away"),
+        (["{sm: 0}"], 5, "greater than or equal to 1"),
+    ],
+)
+def test_what_multiprocessors_cannot_be_given(shares: list[str], line: int, problem: str) -> None:
+    text = one_gpu("shares:", *(f"- {each}" for each in shares))
+    found, said = refused(text, whole())
+    assert found == line, said
+    assert re.search(problem, said), said
+
+
+def test_where_no_multiprocessors_are_given() -> None:
+    line, said = refused(one_gpu("shares:", "- {sm: 8}"), whole(chunk=0))
+    assert (line, "Ampere" in said) == (5, True)
+    line, said = refused(one_gpu("shares:", "- {sm: 8}"), whole(sm_count=0))
+    assert line == 5
+    text = one_gpu("partitions:", "- profile: 3g.71gb", "  shares:", "  - {sm: 8}")
+    line, said = refused(text)
+    assert line == 7
+    assert "only shares of a whole GPU" in said
 
 
 def test_sizes() -> None:

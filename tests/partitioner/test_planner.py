@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from partitioner.catalogue import load_catalogue
 from partitioner.errors import LayoutDoesNotFitError
 from partitioner.geometry import Geometry, Instance, geometry_of, legal_layouts
-from partitioner.layout import Costs, GpuState, GpuWanted, MigChange, Share, Wanted
+from partitioner.layout import Costs, GpuPlan, GpuState, GpuWanted, MigChange, Share, Wanted
 from partitioner.placing import nearest_fit
 from partitioner.planner import plan, plan_id
 
@@ -224,6 +224,25 @@ def test_shares_are_planned_under_their_place() -> None:
     state = replace(state, instances=(serving, other), shares={serving: (half,)})
     wishes = (profile(H200, "3g.71gb"), profile(H200, "3g.71gb", half))
     assert not plan([state], [GpuWanted("GPU-0", wishes)], Costs()).changes
+
+
+def test_of_shares_with_multiprocessors_of_their_own_none_stays_when_one_is_another() -> None:
+    wide, narrow = Share(8 * GIB, None, "a", 96), Share(8 * GIB, None, "", 32)
+    state = replace(gpu(H200), mig_enabled=False, shares={None: (wide, narrow)})
+    both = ("gpu0/mps0", "gpu0/mps1")
+
+    def planned(*shares: Share) -> GpuPlan:
+        (done,) = plan([state], [GpuWanted("GPU-0", None, shares)], Costs()).gpus
+        return done
+
+    assert planned(wide, narrow).keep == both
+    other = planned(wide, replace(narrow, sm_count=24))
+    assert (other.keep, other.destroy, other.create) == ((), both, both)
+    assert planned(wide).destroy == both, "the first cannot stay without the second"
+    ceiling = Share(8 * GIB, 50, "a")
+    assert planned(ceiling, ceiling).destroy == both
+    wishes = [GpuWanted("GPU-0", None, (replace(wide, sm_count=count),)) for count in (88, 96)]
+    assert len({plan_id([state], [each]) for each in wishes}) == 2
 
 
 def test_foreign_instances_bar_the_whole_gpu_and_are_named_when_nothing_fits() -> None:

@@ -190,11 +190,11 @@ def test_partitions_of_a_cut_and_of_a_node_have_the_same_names() -> None:
         (change,) = made.change.gpus
         names = change.before.partitions(0)
         assert names == {
-            "gpu0/1g.18gb@0/mps0": HALF,
-            "gpu0/3g.71gb@4/mps0": HALF,
-            "gpu0/3g.71gb@4/mps1": QUARTER,
+            "gpu0/1g.18gb@0/mps0": (HALF,),
+            "gpu0/3g.71gb@4/mps0": (HALF,),
+            "gpu0/3g.71gb@4/mps1": (QUARTER,),
         }
-        assert Cut(False).partitions(3) == {"gpu3": None}
+        assert Cut(False).partitions(3) == {"gpu3": (None,)}
         marks = owned_after(gpu, change, "boot-1", forward=False)
         shared = tuple(
             SharedPlace(

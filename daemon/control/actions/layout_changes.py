@@ -74,7 +74,7 @@ class Shared(Sharing, Protocol):
     """The places under MPS, and the notes of them."""
 
     def noted(self) -> tuple[SharedPlace, ...]: ...
-    async def refuse_missing(self) -> None: ...
+    async def refuse_missing(self, *, static: bool) -> None: ...
 
 
 class LayoutChanges:
@@ -151,8 +151,10 @@ class LayoutChanges:
         plan, states = await self._layouts.again(intent.layout)
         change = change_of(plan, states, operation, boot_id())
         try:
-            if any(each.after.divided for each in change.gpus):
-                await self._sharing.refuse_missing()
+            divided = [each for gpu in change.gpus for each in gpu.after.divided]
+            if divided:
+                static = any(share.sm_count for each in divided for share in each.shares)
+                await self._sharing.refuse_missing(static=static)
             if intent.force:
                 return plan, change, await self._look(change, intent, self._own_pids())
             await self._executor.refuse_held(change, self._own_pids())

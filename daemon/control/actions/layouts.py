@@ -28,6 +28,7 @@ from partitioner.gpu import Gpu, GpuHealth
 from partitioner.layout import Costs, Found, GpuPlan, GpuState, Plan
 from partitioner.layout_file import export_layout
 from partitioner.layout_resolve import plan_file
+from partitioner.mps.static import chunk_of
 from partitioner.strict_yaml import MAX_DOCUMENT_BYTES
 
 # From this compute capability on MIG mode is switched without a reset of the GPU.
@@ -192,6 +193,8 @@ def _state(gpu: Gpu, geometry: Geometry, owned: Iterable[Owned]) -> GpuState:
         mig_toggle_needs_reset=gpu.compute_capability < RESETLESS_CAPABILITY,
         instances=places,
         foreign=foreign,
+        sm_count=gpu.sm_count,
+        sm_chunk=chunk_of(gpu.compute_capability),
     )
 
 

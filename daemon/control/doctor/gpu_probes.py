@@ -13,6 +13,7 @@ from daemon.control.doctor.findings import Finding, Subject, missing, ok, warnin
 from daemon.control.doctor.host import may, read
 from partitioner.gpu import Gpu, GpuHealth
 from partitioner.mps.probing import NAMED_WORD, QUESTION
+from partitioner.mps.static import FIRST_DRIVER, FIRST_VERSION, version_of
 
 # CUDA 12 runs on no older driver, CUDA 13, which current builds of torch are made with, on none
 # older than the second.
@@ -112,7 +113,9 @@ def mps(subject: Subject) -> Finding:
         )
     named = NAMED_WORD in subject.host.output(path, *QUESTION)
     protocol = "protocols 2 and 3" if named else f"protocol 2 (3 from driver {DRIVER_MPS_3})"
-    return ok(f"{path}, {protocol}")
+    static = version_of(subject.host.output(path, "-v")) >= FIRST_VERSION
+    since = "" if static else f" from driver {FIRST_DRIVER}"
+    return ok(f"{path}, {protocol}; shares with multiprocessors of their own{since}")
 
 
 def has_capability(subject: Subject, number: int) -> bool:

@@ -12,6 +12,7 @@ from daemon.control.config import Config
 from daemon.control.notify import boot_id
 from partitioner.gpu import Gpu
 from partitioner.mps.places import MpsPlaces, Programs
+from partitioner.mps.static import FIRST_DRIVER, FIRST_VERSION, chunk_of
 
 FIRST_NAMED_DRIVER = 615
 """The first release whose control program knows namespaces; for simulated nodes only."""
@@ -26,7 +27,18 @@ def _programs(config: Config, gpus: tuple[Gpu, ...]) -> Programs:
     if not config.node.simulate:
         return Programs(look=(sys.executable, "-m", "swap.share_probe"))
     release = gpus[0].driver_version.partition(".")[0] if gpus else ""
-    newest = "3" if release.isdigit() and int(release) >= FIRST_NAMED_DRIVER else "2"
+    number = int(release) if release.isdigit() else 0
+    newest = "3" if number >= FIRST_NAMED_DRIVER else "2"
+    version = FIRST_VERSION if number >= FIRST_DRIVER else FIRST_VERSION - 10
+    devices = (
+        ("--multiprocessors", f"{gpu.uuid}={gpu.sm_count}/{chunk_of(gpu.compute_capability)}")
+        for gpu in gpus
+        if chunk_of(gpu.compute_capability)
+    )
     client = (sys.executable, "-m", "partitioner.simulated.mps_client")
-    control = (sys.executable, "-m", "partitioner.simulated.mps_control", "--newest", newest)
+    control = (
+        *(sys.executable, "-m", "partitioner.simulated.mps_control"),
+        *("--newest", newest, "--version", str(version)),
+        *(word for pair in devices for word in pair),
+    )
     return Programs(look=client, control=control, prefix=(*client, "--"))

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from daemon.control.actions.gpu_readings import GpuMonitor
 from daemon.control.services.gpu_metrics import GPU_LABELS, device_labels, ours
 from daemon.control.state.world import World
-from partitioner.mps.control import ServerStatus
+from partitioner.mps.control import Limits, ServerStatus
 from partitioner.mps.sightings import SeenPlace
 
 GONE = "gone"
@@ -89,7 +89,7 @@ class ShareMetrics(Collector):
                     memory.add_metric([*labels, "used"], used_bytes)
                 if process.limits is not None:
                     memory.add_metric([*labels, "limit"], process.limits.memory_bytes)
-                    threads.add_metric(labels, process.limits.thread_percent / 100)
+                    threads.add_metric(labels, _part(each, process.limits))
         yield from (info, memory, threads)
 
     def _used(self) -> dict[tuple[str, int], int | None]:
@@ -108,3 +108,10 @@ class ShareMetrics(Collector):
         place = seen.shared.place
         found = (one.number for one in gpu.instances or () if one.place == place)
         return device_labels(gpu, next(found, None), place)
+
+
+def _part(seen: SeenPlace, limits: Limits) -> float:
+    """The part of its place's threads that a client may use."""
+    if limits.sm_count is not None and seen.shared.sm_count:
+        return limits.sm_count / seen.shared.sm_count
+    return limits.thread_percent / 100
