@@ -27,7 +27,7 @@ from daemon.control.processes.place import Commands
 from daemon.control.processes.worker_client import WorkerClient
 from engine.link import control, routes
 
-WAIT_S = 20.0
+WAIT_S = 120.0
 
 
 class Recorder:
@@ -204,13 +204,82 @@ def test_only_who_is_about_to_be_killed_is_released_first(tmp_path: Path) -> Non
             released.append((partition, pid, psutil.pid_exists(pid)))
 
         made = replace(commands(tmp_path), release=release)
-        fleet = Fleet(made, ("gpu0/mps0", "gpu0/mps1"), Recorder())
+        recorder = Recorder()
+        fleet = Fleet(made, ("gpu0/mps0", "gpu0/mps1"), recorder)
         await fleet.start()
-        pids = {name: each.pid for name, each in fleet.workers.items()}
         await fleet.remove("gpu0/mps1", 0.0)
         assert released == [], "it ended by itself"
+        first = fleet.workers["gpu0/mps0"].pid
+        await fleet.restart("gpu0/mps0")
+        assert released == [("gpu0/mps0", first, True)]
+        await recorder.until(lambda events: events.count(("up", "gpu0/mps0", "False")) == 2)
+        second = fleet.workers["gpu0/mps0"].pid
         await fleet.kill()
-        assert released == [("gpu0/mps0", pids["gpu0/mps0"], True)]
+        assert released == [("gpu0/mps0", first, True), ("gpu0/mps0", second, True)]
+
+    run(scenario)
+
+
+class Undying:
+    """SIGKILL does not end these processes, as if they were stuck in the kernel."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pids: set[int] = set()
+        killed = Child.kill
+
+        async def kill(child: Child) -> None:
+            if child.pid in self.pids:
+                raise ProcessFailed(f"process {child.pid} is stuck in the kernel")
+            await killed(child)
+
+        monkeypatch.setattr(Child, "kill", kill)
+
+
+def test_a_worker_that_sigkill_does_not_end_is_down_until_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.control.processes.place.SHUTDOWN_MARGIN_S", 0.05)
+    undying = Undying(monkeypatch)
+
+    async def scenario() -> None:
+        async with running(tmp_path, ("gpu0",)) as (fleet, recorder):
+            client = fleet.workers["gpu0"]
+            undying.pids.add(client.pid)
+            with pytest.raises(ProcessFailed, match="stuck in the kernel"):
+                await fleet.restart("gpu0")
+            await recorder.until(lambda events: [each[0] for each in events].count("down") == 2)
+            assert client.closed, "whoever waits for its answer is told"
+            assert "stuck in the kernel" in fleet.failure("gpu0")
+            assert fleet.workers == {}
+            assert psutil.pid_exists(client.pid), "and none is started beside it"
+            undying.pids.clear()
+            await recorder.until(lambda events: events.count(("up", "gpu0", "False")) == 2)
+            assert fleet.workers["gpu0"].pid != client.pid
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("ending", ["stop", "kill"])
+def test_what_cannot_be_ended_keeps_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    undying = Undying(monkeypatch)
+    monkeypatch.setattr("daemon.control.processes.place.SHUTDOWN_MARGIN_S", 0.05)
+    monkeypatch.setattr("daemon.control.processes.place.STOP_GRACE_S", 0.05)
+
+    async def scenario() -> None:
+        fleet = Fleet(commands(tmp_path, lambda name: "deaf"), ("gpu0", "gpu1"), Recorder())
+        await fleet.start()
+        pids = {each.partition: each.pid for each in fleet.processes() if each.role == "worker"}
+        (gateway,) = (each.pid for each in fleet.processes() if each.role == "gateway")
+        undying.pids |= {gateway, pids["gpu0"]}
+        try:
+            await (fleet.stop(0.0) if ending == "stop" else fleet.kill())
+            assert not psutil.pid_exists(pids["gpu1"])
+        finally:
+            undying.pids.clear()
+            await fleet.kill()
+        assert not any(map(psutil.pid_exists, (gateway, *pids.values())))
 
     run(scenario)
 

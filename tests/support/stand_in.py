@@ -3,13 +3,14 @@
 Run as `python -m tests.support.stand_in ROLE DIRECTORY GENERATION MODE`. It listens on
 DIRECTORY/control.sock and speaks the control link as far as the fleet needs it: Describe and
 Shutdown. Modes: `well`, `exit` (ends at once, code 7), `mute` (listens, never answers), `old`
-(another protocol version).
+(another protocol version), `deaf` (lets nobody end it but by SIGKILL).
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -67,6 +68,8 @@ async def serve(role: str, directory: Path, generation: int, mode: str) -> None:
                 reply = describe(role, directory.name, generation, mode, message.call)
                 peer[0].post(reply)
         elif isinstance(message, messages.Shutdown):
+            if mode == "deaf":
+                return
             peer[0].post(messages.Done(call=message.call))
             ended.set()
 
@@ -101,6 +104,8 @@ def main() -> None:
     role, directory, generation, mode = sys.argv[1:]
     if mode == "exit":
         sys.exit(7)
+    if mode == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     asyncio.run(serve(role, Path(directory), int(generation), mode))
 
 

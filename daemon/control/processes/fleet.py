@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Iterable
 from functools import partial
 
 import psutil
@@ -132,24 +133,27 @@ class Fleet:
         del self._places[partition]
 
     async def restart(self, partition: str) -> None:
-        """Kill a partition's worker, whatever it does; its keeper starts another one."""
+        """Kill a partition's worker, whatever it does; its keeper starts another one.
+
+        Raises ProcessFailed when it does not end; its keeper sees to it then.
+        """
         place = self._places.get(partition)
-        if place is not None and place.child is not None:
-            await place.child.kill()
+        if place is not None:
+            await place.kill()
 
     async def stop(self, drain_timeout_s: float) -> None:
         """End every process: the gateway drains first, then the workers."""
         self._stopping = True
         # First of all nobody may start anything again: a keeper that is between two attempts would.
         await self._cancel_keepers()
-        await self._gateway.end(drain_timeout_s)
-        await asyncio.gather(*(place.end(SHUTDOWN_MARGIN_S) for place in self._places.values()))
+        await _each([self._gateway.end(drain_timeout_s)])
+        await _each(place.end(SHUTDOWN_MARGIN_S) for place in self._places.values())
 
     async def kill(self) -> None:
         """End every process at once, whatever it is doing."""
         self._stopping = True
         await self._cancel_keepers()
-        await asyncio.gather(*(place.clear() for place in (self._gateway, *self._places.values())))
+        await _each(place.clear() for place in (self._gateway, *self._places.values()))
 
     async def detach(self) -> None:
         """Close the links and leave every process running."""
@@ -192,7 +196,12 @@ class Fleet:
                 return
             log.warning("%s is down: %s", place.name, reason)
             place.failure = reason
-            await place.clear()
+            try:
+                await place.clear()
+            except ControlError as error:
+                # It is killed again before another one is started.
+                log.error("%s cannot be cleared away: %s", place.name, error)
+                place.failure = str(error)
             if place.role == GATEWAY:
                 await self._events.gateway_down(reason)
             else:
@@ -201,6 +210,15 @@ class Fleet:
             healthy = time.monotonic() - started_s > HEALTHY_AFTER_S
             delay_s = RESTART_DELAY_S_MIN if healthy else min(delay_s * 2, RESTART_DELAY_S_MAX)
             await asyncio.sleep(delay_s)
+
+
+async def _each(endings: Iterable[Awaitable[None]]) -> None:
+    """Go through all of them, at the same time; a process that does not end is left behind."""
+    for problem in await asyncio.gather(*endings, return_exceptions=True):
+        if isinstance(problem, ControlError):
+            log.error("%s", problem)
+        elif problem is not None:
+            raise problem
 
 
 def _settle(place: Place, keeper: asyncio.Task[None]) -> None:

@@ -117,6 +117,7 @@ class Place:
 
         Raises ControlError, LinkError, OSError or TimeoutError; `child` may be left running then.
         """
+        await self.kill()  # One that SIGKILL has not ended yet stands in the next one's way.
         self._closed.clear()
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         client = await self._adopt()
@@ -148,13 +149,28 @@ class Place:
             exited.cancel()
             closed.cancel()
 
+    async def kill(self) -> None:
+        """Kill the process that is here, whatever it does; a worker is released first.
+
+        Raises ProcessFailed when that does not end it; whoever keeps the place hears of that too.
+        """
+        if self.child is None:
+            return
+        try:
+            await self._kill(self.child)
+        except ProcessFailed:
+            self._closed.set()  # It answers nobody any more.
+            raise
+
     async def clear(self) -> None:
-        """Forget the process that was here; it has ended, or is killed now."""
+        """Forget the process that was here; it has ended, or is killed now.
+
+        Raises ProcessFailed when that does not end it; its link is closed all the same.
+        """
         client, self.client = self.client, None
         if client is not None:
             await client.close()
-        if self.child is not None:
-            await self._kill(self.child)
+        await self.kill()
         process_record.remove(self.directory)
         with contextlib.suppress(OSError):
             os.unlink(self.socket)
