@@ -211,7 +211,7 @@ class Node:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.parts.steps.close()
+        await self.parts.returning.close()
         self.parts.hub.close()
         await self.parts.operations.stop()
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from google.protobuf.message import Message
 
 from daemon.control.actions.after_reboot import Reapplying
+from daemon.control.actions.bring_back import BringBack
 from daemon.control.actions.conductor import Conductor
 from daemon.control.actions.demand_loop import DemandLoop
 from daemon.control.actions.disk_cache import DiskCache
@@ -140,6 +141,7 @@ class Parts:
         self.conductor = Conductor(
             world, self.images, self.operations, self.transitions, self.failpoints
         )
+        self.returning = BringBack(world, self.operations, self.conductor)
         self.demand = DemandLoop(world, self.conductor, self.operations, self.router)
         self.stage_ahead = StageAhead(world, self.conductor, self.operations)
         self.pulls = Pulls(world, self.operations, self.conductor, self.router, pullers)
@@ -167,6 +169,7 @@ class Parts:
             self.failpoints,
             holders,
             sharing,
+            self.returning,
         )
         self.reapplying = Reapplying(
             world, self.layouts, self.layout_changes, journal, self.operations
@@ -184,6 +187,7 @@ class Parts:
             self.conductor,
             self.router,
             fleet,
+            self.returning,
             told.discover,
         )
         self.health = Health(

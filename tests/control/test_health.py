@@ -13,6 +13,7 @@ import pytest
 from hotbay.v1 import health_pb2, node_pb2
 
 from daemon.control.actions.health import _unit
+from daemon.control.errors import ProcessFailed
 from daemon.control.state.journal import Journal
 from engine.link import control
 from engine.link.control import EngineStatus, Stage
@@ -160,13 +161,38 @@ def test_a_lost_gpu_gets_its_models_back_when_it_returns(tmp_path: Path) -> None
         await load(api, "prose")
         trouble.vanish(api.stage.board, "gpu0")
         await becomes(api, HealthState.NEEDS_OPERATOR)
-        await until(lambda: "prose@1" not in api.stage.node.world.placements)
+        warnings = api.stage.node.world.warnings
+        await until(lambda: warnings)
+        assert "prose@1" not in api.stage.node.world.placements
+        assert "prose@1 was taken off a GPU in trouble: gpu0 is in trouble" in warnings[0]
         assert (await gpu(api)).health.startswith("lost")
         api.stage.board.clear_injections()
         await becomes(api, HealthState.HEALTHY)
         await until(lambda: home(api, "prose") == "gpu0")
+        await until(lambda: not warnings)
 
     play(tmp_path, scenario, "prose", gpus=1)
+
+
+def test_a_worker_that_does_not_let_go_of_its_models_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.control.actions.health_steps.UNLOAD_TIMEOUT_S", 0.05)
+
+    async def scenario(api: Api) -> None:
+        await load(api, "prose")
+        stage = api.stage
+        stage.worker.pause_at = Stage.DRAINING
+        stage.fleet.restarting = stage.fleet.lose
+        try:
+            trouble.set_health(stage.board, "gpu0", "gpu-reset", {})
+            await until(lambda: home(api, "prose") == "gpu1")
+            assert stage.fleet.restarted == ["gpu0"]
+            assert state(api) is HealthState.NEEDS_OPERATOR
+        finally:
+            stage.worker.go_on.set()
+
+    play(tmp_path, scenario, "prose")
 
 
 def test_who_is_not_proven_starts_again_and_in_the_end_an_operator_is_asked(
@@ -184,6 +210,21 @@ def test_who_is_not_proven_starts_again_and_in_the_end_an_operator_is_asked(
         await uncordon(api, "gpu0")
         await becomes(api, HealthState.HEALTHY)
         await until(lambda: home(api, "prose") == "gpu0")
+
+    play(tmp_path, scenario, "prose", gpus=1)
+
+
+def test_a_worker_that_cannot_be_ended_still_ends_with_an_operator(tmp_path: Path) -> None:
+    async def stuck(partition: str) -> None:
+        raise ProcessFailed("it did not end within 10 s of SIGKILL")
+
+    async def scenario(api: Api) -> None:
+        await load(api, "prose")
+        api.stage.fleet.restarting = stuck
+        api.stage.worker.measuring = control.Failed(0, "DEVICE_ERROR", "the device is gone")
+        trouble.report_xid(api.stage.board, "gpu0", 31)
+        await becomes(api, HealthState.NEEDS_OPERATOR)
+        assert api.stage.fleet.restarted == ["gpu0"] * 3
 
     play(tmp_path, scenario, "prose", gpus=1)
 
@@ -228,7 +269,8 @@ def test_what_is_cut_on_a_gpu_in_trouble_is_in_trouble(tmp_path: Path) -> None:
         await becomes(api, HealthState.RECOVERING)
         cut = dataclasses.replace(world.partitions["gpu0"], id="gpu0/3g.71gb@4")
         world.repartition([cut, world.partitions["gpu1"]])
-        await until(lambda: set(world.closures.taints) == {cut.id})
+        await until(lambda: cut.id in world.closures.taints)
+        assert set(world.closures.taints) == {cut.id}, "and what is there no more is not"
 
     play(tmp_path, scenario)
 

@@ -28,7 +28,7 @@ class Api:
     def __init__(self, stage: Theatre, channel: grpc.aio.Channel) -> None:
         self.stage = stage
         self.channel = channel
-        self.timeout_s = 10.0
+        self.timeout_s = 120.0
 
     async def call(self, method: str, request: Any, answer: Any) -> Any:
         call = self.channel.unary_unary(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from daemon.control.config import Config
@@ -51,6 +51,8 @@ class StageFleet:
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self.removed: list[str] = []
         self.restarted: list[str] = []
+        self.restarting: Callable[[str], Awaitable[None]] | None = None
+        """What becomes of one that is started again; None: nothing."""
         self._events = events
         self._clients: dict[str, WorkerClient] = {}
         self._gateway: GatewayClient | None = None
@@ -62,6 +64,8 @@ class StageFleet:
 
     async def restart(self, partition: str) -> None:
         self.restarted.append(partition)
+        if self.restarting is not None:
+            await self.restarting(partition)
 
     def failure(self, partition: str) -> str:
         return self.reasons.get(partition, "")

@@ -1,8 +1,8 @@
-"""Models that lost their partition to a new layout: brought back where there is room.
+"""Models that lost their partition: brought back where there is room.
 
-It owns the background loads that follow a change of layout. It places nothing itself: where a model
-goes is the conductor's to say. The invariant: a model that is not brought back stays in host memory
-and is named among the node's warnings.
+It owns the background loads that follow a change of layout, and a GPU's trouble. It places nothing
+itself: where a model goes is the conductor's to say. The invariant: a model that is not brought
+back stays in host memory and is named among the node's warnings.
 """
 
 from __future__ import annotations
@@ -31,30 +31,48 @@ class BringBack:
         self._operations = operations
         self._conductor = conductor
         self._tasks: set[asyncio.Task[None]] = set()
+        self._warned: dict[str, str] = {}
+        """What was warned of, by model; taken back once it is there again."""
 
-    def later(self, operation: str, models: tuple[str, ...]) -> None:
-        """Once `operation` has ended, and the node is ready, load what it displaced."""
+    def later(self, models: tuple[str, ...], lost: str, *, after: str = "") -> None:
+        """Once the operation `after` has ended, and the node is ready, load these models.
+
+        `lost` says of a model that finds no place how it lost its own.
+        """
         if models:
-            task = asyncio.create_task(self._after(operation, models), name="bring back")
+            task = asyncio.create_task(self._load_all(models, lost, after), name="bring back")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _after(self, operation: str, models: tuple[str, ...]) -> None:
+    async def close(self) -> None:
+        """End what goes on in the background."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _load_all(self, models: tuple[str, ...], lost: str, after: str) -> None:
+        world = self._world
         # Before that an operation of an earlier daemon is not taken up again.
-        await self._world.became_ready.wait()
-        with contextlib.suppress(Refused):  # It may be forgotten.
-            await self._operations.wait(operation, None)
+        await world.became_ready.wait()
+        if after:
+            with contextlib.suppress(Refused):  # It may be forgotten.
+                await self._operations.wait(after, None)
         for key in models:
+            if key in world.placements or world.registry.get(key) is None:
+                continue  # Somebody was faster, or it is gone from the repository.
             problem = await self._load(key)
+            with contextlib.suppress(KeyError, ValueError):
+                world.warnings.remove(self._warned.pop(key))
             if problem:
-                log.warning("%s was not brought back after %s: %s", key, operation, problem)
-                self._world.warnings.append(f"{key} lost its partition to a new layout: {problem}")
+                self._warned[key] = f"{key} {lost}: {problem}"
+                log.warning("%s", self._warned[key])
+                world.warnings.append(self._warned[key])
 
     async def _load(self, key: str) -> str:
         """Returns why it does not serve again; empty when it does."""
         intent = Intent(Kind.LOAD, cause=Cause.RECOVERY, incoming=key)
         try:
-            begun = await self._conductor.submit(Request("ApplyLayout"), intent)
+            begun = await self._conductor.submit(Request("recovery"), intent)
             ended = await self._operations.wait(begun.name, None)
         except (ControlError, SwapError, LinkError) as error:
             return str(error)

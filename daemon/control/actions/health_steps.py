@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
+from daemon.control.actions.bring_back import BringBack
 from daemon.control.actions.conductor import Conductor
 from daemon.control.actions.routing import Router
 from daemon.control.errors import ControlError
@@ -70,6 +71,7 @@ class Steps:
         conductor: Conductor,
         router: Router,
         fleet: Restarts,
+        returning: BringBack,
         discover: Discover,
     ) -> None:
         self._world = world
@@ -78,9 +80,9 @@ class Steps:
         self._conductor = conductor
         self._router = router
         self._fleet = fleet
+        self._returning = returning
         self._answer_timeout_s = world.config.health.answer_timeout_s
         self.discover = discover
-        self._tasks: set[asyncio.Task[None]] = set()
 
     # Draining.
 
@@ -181,7 +183,14 @@ class Steps:
 
     async def restart(self, partitions: Iterable[str]) -> None:
         """End the workers; they start again warm, and recovery brings their models back."""
-        await asyncio.gather(*(self._fleet.restart(each) for each in partitions))
+        await asyncio.gather(*(self._restart(each) for each in partitions))
+
+    async def _restart(self, partition: str) -> None:
+        try:
+            await self._fleet.restart(partition)
+        except ControlError as error:
+            # What it fails at next counts as one more attempt, and in the end an operator is asked.
+            log.error("the worker of %s cannot be restarted: %s", partition, error)
 
     def placed_on(self, partitions: Iterable[str]) -> tuple[str, ...]:
         """The models that are meant to serve there."""
@@ -198,13 +207,19 @@ class Steps:
 
     async def _take_off(self, key: str) -> None:
         """Off its partition, by its worker if that still answers; paused requests end."""
-        world, placement = self._world, self._world.placements[key]
+        world, placement = self._world, self._world.placements.get(key)
+        if placement is None:
+            return  # Recovery, which gave it up, was faster.
         intent = Intent(
             Kind.UNLOAD, cause=Cause.RECOVERY, outgoing=(key,), in_flight=InFlight.ABORT
         )
         try:
             operation = await self._conductor.submit(Request("health"), intent)
-            await self._operations.wait(operation.name, UNLOAD_TIMEOUT_S)
+            operation = await self._operations.wait(operation.name, UNLOAD_TIMEOUT_S)
+            if not operation.done:
+                # Whoever loads the model elsewhere would have to wait for its end.
+                log.warning("%s is not off %s: its worker is killed", key, placement.partition)
+                await self._restart(placement.partition)
         except (ControlError, LinkError, SwapError) as error:
             log.info("%s is taken off without its worker: %s", key, error)
         if world.placements.get(key) == placement:
@@ -215,25 +230,6 @@ class Steps:
             except ControlError as error:
                 log.error("that %s is off could not be written: %s", key, error)
 
-    def bring_back(self, models: Iterable[str]) -> None:
+    def bring_back(self, models: tuple[str, ...]) -> None:
         """In the background, load what does not serve, wherever there is room."""
-        task = asyncio.create_task(self._bring_back(tuple(models)), name="bring back")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _bring_back(self, models: tuple[str, ...]) -> None:
-        for key in models:
-            if key in self._world.placements or self._world.registry.get(key) is None:
-                continue
-            intent = Intent(Kind.LOAD, cause=Cause.RECOVERY, incoming=key)
-            try:
-                operation = await self._conductor.submit(Request("health"), intent)
-                await self._operations.wait(operation.name, None)
-            except (ControlError, LinkError, SwapError) as error:
-                log.warning("%s serves nowhere for now: %s", key, error)
-
-    async def close(self) -> None:
-        """End what goes on in the background."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._returning.later(models, "was taken off a GPU in trouble")

@@ -93,6 +93,7 @@ class LayoutChanges:
         failpoints: FailPoints,
         holders: Holders,
         sharing: Shared,
+        returning: BringBack,
     ) -> None:
         self._world = world
         self._layouts = layouts
@@ -111,7 +112,7 @@ class LayoutChanges:
         self._done: dict[str, Outcome] = {}
         self._gone = ""
         """The warning of what a reboot took."""
-        self._returning = BringBack(world, operations, conductor)
+        self._returning = returning
 
     # By call.
 
@@ -269,7 +270,8 @@ class LayoutChanges:
         self._repartition(gpus, change)
         self._router.publish_soon()
         self._open = None
-        self._returning.later(change.operation, result.layout.moved if result.layout else ())
+        lost = tuple(each.model for each in moved)
+        self._returning.later(lost, "lost its partition to a new layout", after=change.operation)
         world.owners = owners_after(world, change)
         kept = await self._layouts.kept()
         return Outcome(result, (Drop(change), *changes, *kept, *(Drop(each) for each in moved)))
