@@ -16,8 +16,9 @@ from partitioner.errors import ResetNeededError
 from partitioner.gpu import Gpu
 from partitioner.simulated.node import SimulatedNode
 
-RESET_TIMEOUT_S = 25.0
-"""Less than the deadline of the NVML calls, in whose thread it runs."""
+RESET_TIMEOUT_S = 15.0
+"""It runs within one NVML call: with `nvml_gate.ALONE_WAIT_S` before it, NVML let go of and opened
+again, the whole has to end within `bounded.DEFAULT_DEADLINE_S`, or it is told as a stuck driver."""
 SMI = "nvidia-smi"
 PROCESSES_NAMED_MAX = 8
 

@@ -12,12 +12,20 @@ from pathlib import Path
 import pynvml
 import pytest
 
+from partitioner.bounded import DEFAULT_DEADLINE_S
 from partitioner.cutting import Action, Cut, GpuChange, LayoutChange, steps_left
 from partitioner.errors import NotRolledBackError, ResetHeldError, ResetNeededError
 from partitioner.executor import Executor
 from partitioner.geometry import Instance
 from partitioner.gpu import Gpu
-from partitioner.resetting import SimulatedResetter, SmiResetter, openers, resetter_of
+from partitioner.nvml_gate import ALONE_WAIT_S
+from partitioner.resetting import (
+    RESET_TIMEOUT_S,
+    SimulatedResetter,
+    SmiResetter,
+    openers,
+    resetter_of,
+)
 from partitioner.simulated.install import installed
 from partitioner.simulated.node import Fault, SimulatedNode
 from partitioner.simulated.sharing import MemorySharing
@@ -194,6 +202,11 @@ def test_a_tool_that_refuses_names_who_is_in_the_way(tmp_path: Path) -> None:
     )
     with pytest.raises(ResetNeededError, match=r"gpu3 cannot be reset.*No such file"):
         SmiResetter(str(tmp_path / "none")).reset(GPU)
+
+
+def test_a_slow_reset_is_told_as_such_and_not_as_a_stuck_driver() -> None:
+    opened_again_s = 5.0
+    assert ALONE_WAIT_S + RESET_TIMEOUT_S + opened_again_s < DEFAULT_DEADLINE_S
 
 
 def test_openers_are_found_among_real_processes(tmp_path: Path) -> None:
