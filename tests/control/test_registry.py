@@ -140,9 +140,9 @@ def test_names_versions_and_labels_resolve(tmp_path: Path) -> None:
     scan(registry, tmp_path)
     assert registry.resolve("prose").key == "prose@2", "the newest that can be used"
     assert registry.resolve("prose@10").failure is not None
-    registry.set_label(Label("prose", "canary", 1))
+    registry.restore(Contents(labels=(Label("prose", "canary", 1),)))
     assert registry.resolve("prose@canary").key == "prose@1"
-    registry.set_label(Label("prose", "production", 1))
+    registry.restore(Contents(labels=(Label("prose", "production", 1),)))
     assert registry.resolve("prose").key == "prose@1"
     assert registry.labels("prose") == {"canary": 1, "production": 1}
 

@@ -25,7 +25,7 @@ import msgspec
 from daemon.control.errors import ControlError, ProcessFailed, Refused
 from daemon.control.state.failures import Failed, failure_of
 from daemon.control.state.journal import Contents, Put
-from daemon.control.state.records import CanaryPrompt, Facts, Failure, Label, Version
+from daemon.control.state.records import CanaryPrompt, Facts, Failure, Version
 from engine.link.build import Inspected
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -140,10 +140,6 @@ class Registry:
         self._versions[version.key] = version
         self._models.setdefault(version.name, {})[version.version] = version
         return Put(version)
-
-    def set_label(self, label: Label) -> Put:
-        self._labels.setdefault(label.model, {})[label.label] = label.version
-        return Put(label)
 
     def learn_digest(self, key: str, digest: str) -> list[Put]:
         """Note which image a version has; empty when that was known."""

@@ -100,9 +100,9 @@ class World:
         self.partitions = {each.id: each for each in partitions}
         self.gpus = gpus
         self.owned: tuple[Owned, ...] = ()
+        """The GPU instances that are ours."""
         self.owners: dict[str, str] = {}
         """Whom partitions are for, as far as a layout file has said."""
-        """The GPU instances that are ours."""
         self.closures = Closures()
         """What takes nothing new now."""
         self.health = HealthBook()
