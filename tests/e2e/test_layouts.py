@@ -39,7 +39,7 @@ def homes(node: LocalNode) -> dict[str, str]:
 
 
 def brought_back(node: LocalNode, model: str) -> str:
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     while model not in homes(node):
         assert time.monotonic() < deadline_s, node.client.node().warnings
         time.sleep(0.02)

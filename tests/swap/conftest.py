@@ -38,7 +38,7 @@ class SteppedClock:
         self.sleeps.append(seconds)
         self.asleep.release()
         if self._blocking:
-            assert self._steps.acquire(timeout=20)
+            assert self._steps.acquire(timeout=120)
         self.now += seconds
 
     def step(self, count: int = 1) -> None:

@@ -188,7 +188,7 @@ def test_pages_that_were_taken_are_mapped_by_any_thread_once(make_device):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert growth.ended
     assert (region.mapped_pages, region.growing_pages, pool.owners()) == (4, 0, {"KV": 4})
     view_of(region.address, 4 * PAGE)[-1] = 1

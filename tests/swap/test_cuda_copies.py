@@ -100,7 +100,7 @@ def test_a_copy_out_waits_for_kernels_on_the_device_and_for_nobody_here(open_dev
     device, driver = open_device()
     base = mapped(device)
     running = threading.Event()
-    driver.launch(lambda: (running.wait(20), ctypes.memset(base, 5, 16)))
+    driver.launch(lambda: (running.wait(120), ctypes.memset(base, 5, 16)))
     first = device.copy_out(host, base, 16)
     second = device.copy_out_rows(host + KIB, base, 4, 4, 4)
     assert driver.calls["cuStreamSynchronize"] == 0

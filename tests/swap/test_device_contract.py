@@ -160,7 +160,7 @@ def test_nothing_is_unmapped_under_a_running_copy(make_device, stepped_clock, so
         target=lambda: device.wait(device.copy_in(base + PAGE, address, PAGE))
     )
     copying.start()
-    assert clock.asleep.acquire(timeout=20)
+    assert clock.asleep.acquire(timeout=120)
     for start, count in ((base, 3), (base + PAGE, 1)):
         with pytest.raises(DeviceMisuse, match="running"):
             device.unmap(start, count)

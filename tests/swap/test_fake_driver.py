@@ -111,7 +111,7 @@ def test_a_copy_has_not_happened_before_it_was_waited_for(driver, mapped):
     stream = driver.stream_create()
     event = driver.event_create()
     assert driver.event_done(event)  # one that was never recorded
-    driver.launch(lambda: hold.wait(20))
+    driver.launch(lambda: hold.wait(120))
     source = ctypes.create_string_buffer(b"\x03" * 8)
     driver.memcpy_to_device(base, ctypes.addressof(source), 8, DEFAULT_STREAM)
     driver.event_record(event, DEFAULT_STREAM)

@@ -203,7 +203,7 @@ def test_the_weights_arrive_unpacked_layer_by_layer(stage, small_copies):
     transfer, manifest, region, expected = stage()
     transfer.start()
     for span in manifest.layers:
-        transfer.gate.wait(span.layer, 20)
+        transfer.gate.wait(span.layer, 120)
         for entry in manifest.tensors:
             if entry.layer == span.layer:
                 landed = ctypes.string_at(region.address + entry.offset_bytes, entry.size_bytes)
@@ -229,15 +229,15 @@ def test_a_cancelled_transfer_leaves_nothing_running(stage, small_copies, steppe
     clock = stepped_clock(blocking=True)
     transfer, manifest, region, _ = stage(link_bytes_per_s=1.0, clock=clock)
     with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(transfer.gate.wait, manifest.layers[-1].layer, 20)
+        waiting = threads.submit(transfer.gate.wait, manifest.layers[-1].layer, 120)
         transfer.start()
-        assert clock.asleep.acquire(timeout=20)
+        assert clock.asleep.acquire(timeout=120)
         transfer.cancel()
         clock.step(1 + region.pool.device.copies_ahead)
         with pytest.raises(TransferCancelled):
             transfer.join()
         with pytest.raises(TransferCancelled):
-            waiting.result(20)
+            waiting.result(120)
     assert not transfer.complete
     region.release()
 
@@ -281,7 +281,7 @@ def test_a_damaged_piece_ends_the_transfer_as_corrupt(stage, place, value):
     with pytest.raises(CorruptWeights, match="packed weights is damaged"):
         transfer.join()
     with pytest.raises(CorruptWeights):
-        transfer.gate.wait(manifest.layers[-1].layer, 20)
+        transfer.gate.wait(manifest.layers[-1].layer, 120)
     region.release()
 
 

@@ -99,7 +99,6 @@ def test_a_turn_at_an_idle_link_comes_at_once_and_again(link: Link) -> None:
             turn.pause()
         turn.end()
         turn.end()
-        assert turn.waited_s < 1.0
 
 
 def in_thread(turn) -> tuple[threading.Thread, threading.Event]:
