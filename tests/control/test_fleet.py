@@ -259,6 +259,31 @@ def test_a_worker_that_sigkill_does_not_end_is_down_until_it_has_ended(
     run(scenario)
 
 
+def test_a_partition_that_stays_because_its_worker_does_is_kept_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undying = Undying(monkeypatch)
+    monkeypatch.setattr("daemon.control.processes.place.SHUTDOWN_MARGIN_S", 0.05)
+    monkeypatch.setattr("daemon.control.processes.place.STOP_GRACE_S", 0.05)
+
+    async def scenario() -> None:
+        recorder = Recorder()
+        fleet = Fleet(commands(tmp_path, lambda name: "deaf"), ("gpu0",), recorder)
+        await fleet.start()
+        try:
+            undying.pids.add(pid := fleet.workers["gpu0"].pid)
+            with pytest.raises(ProcessFailed, match="stuck in the kernel"):
+                await fleet.remove("gpu0", 0.0)
+            fleet.add("gpu0")
+            await recorder.until(lambda events: ("up", "gpu0", "True") in events)
+            assert fleet.workers["gpu0"].pid == pid
+        finally:
+            undying.pids.clear()
+            await fleet.kill()
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("ending", ["stop", "kill"])
 def test_what_cannot_be_ended_keeps_nobody_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str

@@ -119,18 +119,24 @@ class Fleet:
             await place.settled.wait()
 
     async def remove(self, partition: str, drain_timeout_s: float) -> None:
-        """Let a partition's worker finish its requests and end, and start none there again."""
+        """Let a partition's worker finish its requests and end, and start none there again.
+
+        Raises ProcessFailed when it does not end.
+        """
         place = self._places.get(partition)
         if place is None:
             return
         keeper = self._keepers.pop(place.name, None)
-        if keeper is not None:
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
-            await place.end(drain_timeout_s)
-            await place.clear()
-            await self._events.worker_down(partition, "its GPU is being cut anew")
-        del self._places[partition]
+        try:
+            if keeper is not None:
+                keeper.cancel()
+                await asyncio.gather(keeper, return_exceptions=True)
+                await place.end(drain_timeout_s)
+                await place.clear()
+                await self._events.worker_down(partition, "its GPU is being cut anew")
+        finally:
+            # What SIGKILL has not ended is for whoever is added here again.
+            del self._places[partition]
 
     async def restart(self, partition: str) -> None:
         """Kill a partition's worker, whatever it does; its keeper starts another one.

@@ -214,7 +214,8 @@ class Place:
         except (OSError, TimeoutError, LinkError, ControlError) as error:
             if recorded is not None and recorded.boot_id == self._boot_id and recorded.alive():
                 log.warning("%s (pid %d) does not answer: %s", self.name, recorded.pid, error)
-                await self._kill(Child(recorded.pid))
+                self.child = Child(recorded.pid)
+                await self._kill(self.child)
             return None
         state = client.state
         if state.boot_id != self._boot_id or state.pid != client.pid:
