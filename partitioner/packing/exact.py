@@ -1,6 +1,6 @@
 """The best packing there is, by looking at every one: what the packer is graded against.
 
-It owns an exhaustive search that shares with the packer only the judgement of one room. It is pure.
+It owns an exhaustive search that shares with the packer the judgement of one room only. It is pure.
 It takes time that triples with each model, so that it refuses more than `MODELS_MAX`. The
 invariant: no packing has a higher value than what it returns.
 
@@ -11,9 +11,9 @@ Then the sets of the GPUs are combined, again all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from partitioner.packing.filling import cuts_of
+from partitioner.packing.filling import every_cut
 from partitioner.packing.rooms import Rooms
 from partitioner.packing.sharing import Rules
 from partitioner.packing.values import Bin, ModelNeed, Room
@@ -31,9 +31,9 @@ def best_value(models: Sequence[ModelNeed], bins: Sequence[Bin], rules: Rules) -
     everyone = 1 << len(models)
     worth = [sum(m.value for i, m in enumerate(models) if s >> i & 1) for s in range(everyone)]
     best = [0.0] * everyone
-    known: dict[tuple[tuple[Room, ...], ...], set[int]] = {}
-    for cuts in cuts_of(bins):
-        sets = cuts.sets
+    known: dict[frozenset[tuple[Room, ...]], set[int]] = {}
+    for each in bins:
+        sets = frozenset(every_cut(each))
         if sets not in known:
             known[sets] = _hosted(rooms, sets)
         hosted = sorted(known[sets])
@@ -44,7 +44,7 @@ def best_value(models: Sequence[ModelNeed], bins: Sequence[Bin], rules: Rules) -
     return best[-1]
 
 
-def _hosted(rooms: Rooms, sets: Sequence[tuple[Room, ...]]) -> set[int]:
+def _hosted(rooms: Rooms, sets: Iterable[tuple[Room, ...]]) -> set[int]:
     """Every set of models that one GPU can host."""
     groups: dict[Room, list[int]] = {}
     for room in {room for cut in sets for room in cut}:

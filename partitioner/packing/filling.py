@@ -20,17 +20,19 @@ from partitioner.placing import choose
 
 Groups = tuple[tuple[Room, frozenset[int]], ...]
 
+Score = tuple[float, int, int]
+
 
 @dataclass(frozen=True)
 class Cuts:
-    """One GPU with each set of rooms that it can be cut into, the smallest room first."""
+    """One GPU with the sets of rooms that it can be cut into, the smallest room first."""
 
     bin: Bin
     sets: tuple[tuple[Room, ...], ...]
 
 
 def cuts_of(bins: Iterable[Bin]) -> tuple[Cuts, ...]:
-    """Every fullest way to cut each GPU; GPUs that are alike are looked at once."""
+    """The best ways to cut each GPU; GPUs that are alike are looked at once."""
     known: dict[tuple[object, ...], tuple[tuple[Room, ...], ...]] = {}
     cuts = []
     for each in bins:
@@ -40,19 +42,47 @@ def cuts_of(bins: Iterable[Bin]) -> tuple[Cuts, ...]:
             *(each.may_be_whole, each.may_be_cut),
         )
         if alike not in known:
-            known[alike] = _sets_of(each)
+            known[alike] = _best_cuts(each)
         cuts.append(Cuts(each, known[alike]))
     return tuple(cuts)
 
 
-def _sets_of(each: Bin) -> tuple[tuple[Room, ...], ...]:
-    """Each set of rooms once, however many places it has."""
+def every_cut(each: Bin) -> set[tuple[Room, ...]]:
+    """Each fullest set of rooms once, however many places it has."""
     sets: set[tuple[Room, ...]] = set()
     if each.may_be_whole:
         sets.add((whole_room(each),))
     if each.may_be_cut:
         sets.update(_instance_sets(each))
-    return tuple(sorted(sets, key=lambda rooms: (len(rooms), [room.profile for room in rooms])))
+    return sets
+
+
+def _best_cuts(each: Bin) -> tuple[tuple[Room, ...], ...]:
+    """The sets of rooms that no other one could stand in for, the fewest rooms first."""
+    sets = every_cut(each)
+    best = [one for one in sets if not any(_dominates(other, one) for other in sets)]
+    return tuple(sorted(best, key=lambda rooms: (len(rooms), [room.profile for room in rooms])))
+
+
+def _dominates(one: Sequence[Room], other: Sequence[Room]) -> bool:
+    """Whether `one` has a room at least as good for each of the other's, and something more.
+
+    What it takes for small models in large rooms is given back when they are given their places.
+    """
+    free = list(one)
+    better = len(one) > len(other)
+    for room in reversed(other):
+        as_good = [each for each in free if _as_good(each, room)]
+        if not as_good:
+            return False
+        taken = min(as_good, key=lambda each: (each.memory_bytes, -each.slowdown))
+        free.remove(taken)
+        better = better or not _as_good(room, taken)
+    return better
+
+
+def _as_good(one: Room, other: Room) -> bool:
+    return one.memory_bytes >= other.memory_bytes and one.slowdown <= other.slowdown
 
 
 def _instance_sets(each: Bin) -> Iterable[tuple[Room, ...]]:
@@ -77,20 +107,29 @@ def fill(rooms: Rooms, cut: Sequence[Room], order: Sequence[int]) -> tuple[float
     groups: list[frozenset[int]] = [frozenset()] * len(cut)
     reserve_bytes = rooms.rules.worker_bytes
     free = [room.memory_bytes - reserve_bytes for room in cut]
+    apart = [rooms.apart(room) for room in cut]
+    there = [1 << len(rooms.models)] * len(cut)
     value = 0.0
     for index in order:
         need_bytes = rooms.bytes[index]
         for number, room in enumerate(cut):
-            if need_bytes > free[number]:
+            if need_bytes > free[number] or apart[number][index] & there[number]:
                 continue
-            if rooms.fits(groups[number] | {index}, room) is None:
+            group = groups[number] | {index}
+            if rooms.fits(group, room) is None:
                 continue
-            groups[number] |= {index}
+            groups[number] = group
+            there[number] |= 1 << index
             free[number] -= need_bytes
             value += rooms.models[index].value
             break
     used = tuple((room, group) for room, group in zip(cut, groups, strict=True) if group)
     return value, used
+
+
+def score(value: float, slots: int, gpus: int) -> Score:
+    """Higher is better: value, to where its rounding tells, then fewer slots, then fewer GPUs."""
+    return (round(value, 9), -slots, -gpus)
 
 
 def slots_used(groups: Groups) -> int:

@@ -2,24 +2,34 @@
 
 It owns the search over the node. It is pure and deterministic: chance comes from a fixed seed. What
 counts is, in this order, the value of what is placed, then how few memory slots and GPUs it takes.
-`exact` grades it where that can be computed. The invariant: the number of fillings that are tried
-is bounded, so that the time is too.
+Where models and GPUs are few, `branching` looks at all there is, and the answer is the best one.
+`exact` grades the packer where that can be computed. The invariant: the number of fillings that are
+tried and of branches that are looked at is bounded, so that the time is too.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from partitioner.layout import Costs
-from partitioner.packing.filling import Cuts, Groups, cuts_of, fill, placed, slots_used
+from partitioner.packing.branching import best_packing
+from partitioner.packing.filling import Cuts, Groups, cuts_of, fill, placed, score, slots_used
 from partitioner.packing.rooms import Rooms
 from partitioner.packing.sharing import Rules
 from partitioner.packing.values import Bin, ModelNeed, Packing
 
+FEW_MAX = 40
+"""Models times GPUs up to which all packings are looked at: ten models on four GPUs."""
+BRANCHES_MAX = 10_000
+"""Branches that are looked at in all, where they are: what has more is mended like the rest."""
 FILLINGS_MAX = 4000
 """Sets of rooms that are filled in all."""
+CUTS_MAX = 4
+"""Ways to cut a GPU that are tried each time that it is filled again, drawn anew."""
+NOISE = 0.2
+"""How far models change places when they are lined up again: the spread of their logarithms."""
 SEED = 1
 
 Order = Callable[[int], tuple[float, ...]]
@@ -35,7 +45,7 @@ class _Draft:
     def score(self) -> tuple[float, int, int]:
         """Higher is better."""
         used = [each for each in self.groups if each]
-        return (self.value, -sum(map(slots_used, used)), -len(used))
+        return score(self.value, sum(map(slots_used, used)), len(used))
 
 
 def pack(
@@ -62,16 +72,29 @@ class _Search:
         self._gpus = gpus
         self._left = FILLINGS_MAX
         self._chance = random.Random(SEED)
+        known = {room for sets in {each.sets for each in gpus} for cut in sets for room in cut}
+        self._everyone = [
+            index
+            for index in range(len(rooms.models))
+            if any(rooms.fits(frozenset((index,)), room) is not None for room in known)
+        ]
+        """Those that fit somewhere at all."""
 
     def run(self) -> _Draft:
-        everyone = range(len(self._rooms.models))
+        empty = _Draft(((),) * len(self._gpus), 0.0)
         numbers = range(len(self._gpus))
-        best = _Draft(((),) * len(self._gpus), 0.0)
+        best = empty
         for order in self._orders():
-            ordered = sorted(everyone, key=order)
-            draft = self._refill(best, numbers, ordered, empty=True)
-            if draft.score() > best.score():
-                best = draft
+            draft = self._filled(empty, numbers, sorted(self._everyone, key=order))
+            best = max(best, draft, key=_Draft.score)
+        if len(self._everyone) * len(self._gpus) <= FEW_MAX:
+            found = best_packing(
+                self._rooms, self._gpus, self._everyone, best.score(), BRANCHES_MAX
+            )
+            if found.groups is not None:
+                best = self._draft(found.groups)
+            if found.complete:
+                return best
         return self._mend(best)
 
     def _orders(self) -> tuple[Order, ...]:
@@ -85,49 +108,65 @@ class _Search:
         )
 
     def _mend(self, best: _Draft) -> _Draft:
-        """Empty some GPUs and fill them again with what was there and what was left out."""
+        """Empty a GPU or two and fill them again with what was there and what was left out.
+
+        What is worth as much is gone on from too: from there other ways lead on.
+        """
         count = len(self._gpus)
-        everyone = set(range(len(self._rooms.models)))
+        now = best
         while self._left > 0 and count:
-            left_out = sorted(everyone - _models(best.groups))
+            there = _models(now.groups)
+            left_out = [index for index in self._everyone if index not in there]
             if not left_out:
                 break
-            numbers = self._chance.sample(range(count), min(count, self._chance.choice((1, 2, 2))))
-            pool = [*left_out, *_models([best.groups[number] for number in numbers])]
-            order = self._chance.choice(self._orders())
-            pool.sort(key=order)
-            # One that was left out goes first; and some others change places with a neighbour.
+            numbers = self._chance.sample(range(count), min(count, self._chance.choice((1, 2))))
+            pool = [*left_out, *sorted(_models(now.groups[number] for number in numbers))]
+            order = self._lined_up(pool)
+            # One that was left out goes first.
             first = self._chance.choice(left_out)
-            pool.remove(first)
-            for place in range(len(pool) - 1):
-                if self._chance.random() < 0.2:
-                    pool[place], pool[place + 1] = pool[place + 1], pool[place]
-            draft = self._refill(best, numbers, [first, *pool])
-            if draft.score() > best.score():
-                best = draft
+            order.remove(first)
+            draft = self._filled(now, numbers, [first, *order], CUTS_MAX)
+            if draft.value >= now.value:
+                now = draft
+            best = max(best, now, key=_Draft.score)
         return best
 
-    def _refill(
-        self, draft: _Draft, numbers: Sequence[int], order: Sequence[int], *, empty: bool = False
+    def _lined_up(self, pool: Sequence[int]) -> list[int]:
+        """By value and by value for the memory, halfway between the two, and some chance."""
+        models, size = self._rooms.models, self._rooms.bytes
+        worth = {
+            index: models[index].value / size[index] ** 0.5 * self._chance.lognormvariate(0, NOISE)
+            for index in pool
+        }
+        return sorted(pool, key=lambda index: (-worth[index], index))
+
+    def _filled(
+        self, draft: _Draft, numbers: Sequence[int], order: Sequence[int], cuts_max: int = 0
     ) -> _Draft:
-        """Fill these GPUs one after the other, each in the way that takes in the most value."""
-        groups: list[Groups] = [()] * len(self._gpus) if empty else list(draft.groups)
+        """Fill these GPUs one after the other, each in the way that takes in the most value.
+
+        With `cuts_max` so many ways are drawn: a GPU that is filled less well may leave the next
+        one what it needs.
+        """
+        groups = list(draft.groups)
         rest = list(order)
         for number in numbers:
-            best: tuple[float, int, Groups] = (0.0, 0, ())
-            for cut in self._gpus[number].sets:
-                self._left -= 1
-                value, used = fill(self._rooms, cut, rest)
-                found = (value, -slots_used(used), used)
-                if found[:2] > best[:2]:
-                    best = found
-            groups[number] = best[2]
-            here = _models([best[2]])
+            cuts = self._gpus[number].sets
+            if 0 < cuts_max < len(cuts):
+                cuts = tuple(self._chance.sample(cuts, cuts_max))
+            self._left -= len(cuts)
+            filled = (fill(self._rooms, cut, rest) for cut in cuts)
+            _, groups[number] = max(
+                filled, key=lambda each: (each[0], -slots_used(each[1])), default=(0.0, ())
+            )
+            here = _models([groups[number]])
             rest = [index for index in rest if index not in here]
+        return self._draft(tuple(groups))
+
+    def _draft(self, groups: tuple[Groups, ...]) -> _Draft:
         models = self._rooms.models
-        value = sum(models[index].value for index in _models(groups))
-        return _Draft(tuple(groups), value)
+        return _Draft(groups, sum(models[index].value for index in sorted(_models(groups))))
 
 
-def _models(groups: Sequence[Groups]) -> set[int]:
+def _models(groups: Iterable[Groups]) -> set[int]:
     return {index for each in groups for _, group in each for index in group}

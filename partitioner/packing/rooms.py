@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from partitioner.layout_file import MAX_SHARES
 from partitioner.packing.sharing import Rules
@@ -60,6 +61,8 @@ class Rooms:
         self.rules = rules
         self.bytes = tuple(rules.model_bytes(e.weights_bytes, e.kv_bytes) for e in models)
         self._judged: dict[tuple[Room, frozenset[int]], Arrangement | Refusal] = {}
+        self._speeds: dict[Room, dict[int, _Speed]] = {}
+        self._apart: dict[Room, list[int]] = {}
 
     def fits(self, group: frozenset[int], room: Room) -> Arrangement | None:
         """How the group sits in the room, or None."""
@@ -72,7 +75,29 @@ class Rooms:
         found = self._judged.get(key)
         if found is None:
             found = self._judged[key] = self._judge(tuple(sorted(group)), room)
+            if len(group) <= 2 and isinstance(found, Refusal):
+                self._learn(group, room)
         return found
+
+    def apart(self, room: Room) -> list[int]:
+        """For each model, whom it is known not to go with in this room: a bit for each model.
+
+        Who was refused by itself goes with nobody, not even with `NOBODY`. What is known grows as
+        groups are judged; a group that has a refused one in it is refused too.
+        """
+        if room not in self._apart:
+            self._apart[room] = list(self._walled)
+        return self._apart[room]
+
+    def _learn(self, group: frozenset[int], room: Room) -> None:
+        apart = self.apart(room)
+        if len(group) == 1:
+            (index,) = group
+            apart[index] = -1
+        else:
+            one, other = group
+            apart[one] |= 1 << other
+            apart[other] |= 1 << one
 
     def with_model(self, index: int, need: ModelNeed) -> Rooms:
         """The same models, but for one."""
@@ -93,6 +118,20 @@ class Rooms:
                 return found
             refusal = refusal or found
         return refusal or Refusal("shares", group[-1])
+
+    @cached_property
+    def _walled(self) -> tuple[int, ...]:
+        """For each model, those of other tenants behind a wall in hardware: nobody shares then."""
+        everyone = [1 << index for index in range(len(self.models))]
+        return tuple(
+            sum(
+                bit
+                for bit, other in zip(everyone, self.models, strict=True)
+                if other.tenant != need.tenant
+                and max(need.isolation, other.isolation) is Isolation.HARDWARE
+            )
+            for need in self.models
+        )
 
     def _wall(self, group: tuple[int, ...]) -> Isolation:
         """The strongest wall that two of the group must have between them."""
@@ -122,25 +161,46 @@ class Rooms:
     def _split(
         self, group: tuple[int, ...], split: tuple[tuple[int, ...], ...], room: Room
     ) -> Arrangement | Refusal:
-        rules = self.rules
-        workers = tuple(
-            Worker(each, rules.worker_bytes + sum(self.bytes[index] for index in each))
-            for each in split
-        )
-        used_bytes = sum(each.memory_bytes for each in workers)
-        used_bytes += rules.server_bytes if len(workers) > 1 else 0
+        rules, sizes = self.rules, self.bytes
+        used_bytes = rules.worker_bytes * len(split) + sum([sizes[index] for index in group])
+        used_bytes += rules.server_bytes if len(split) > 1 else 0
         if used_bytes > room.memory_bytes:
             return Refusal("memory", group[-1], used_bytes, room.memory_bytes)
+        times = self._times(split, self._speeds_of(group, room))
+        if isinstance(times, Refusal):
+            return times
+        workers = tuple(
+            Worker(each, rules.worker_bytes + sum([sizes[index] for index in each]))
+            for each in split
+        )
+        return Arrangement(group, workers, used_bytes, tuple(times[index] for index in group))
+
+    def _times(
+        self, split: tuple[tuple[int, ...], ...], speeds: dict[int, _Speed]
+    ) -> dict[int, float] | Refusal:
+        """The time per token of each model, or the first that will not do."""
+        small_max_bytes = self.rules.mps_weights_max_bytes
+        largest_bytes = max([self.models[i].weights_bytes for each in split for i in each])
+        small = largest_bytes <= small_max_bytes
+        busy = [min(1.0, sum([speeds[i].busy for i in each])) for each in split]
         times: dict[int, float] = {}
-        speeds = {index: self._speed(index, room) for index in group}
-        for worker in workers:
-            others = [each for each in workers if each is not worker]
-            for index in worker.models:
-                found = self._time(index, worker, others, speeds)
+        for number, worker in enumerate(split):
+            turns_ms = sum([speeds[i].busy * speeds[i].step_ms for i in worker])
+            clients = sum(busy[:number]) + sum(busy[number + 1 :])
+            for index in worker:
+                found = self._time(index, speeds[index], turns_ms, clients, small)
                 if isinstance(found, Refusal):
                     return found
                 times[index] = found
-        return Arrangement(group, workers, used_bytes, tuple(times[index] for index in group))
+        return times
+
+    def _speeds_of(self, group: tuple[int, ...], room: Room) -> dict[int, _Speed]:
+        """Those of the group at least; kept, since they are asked for again and again."""
+        known = self._speeds.setdefault(room, {})
+        for index in group:
+            if index not in known:
+                known[index] = self._speed(index, room)
+        return known
 
     def _speed(self, index: int, room: Room) -> _Speed:
         """Time per token with the room to itself, and how much of the time it is busy."""
@@ -155,31 +215,28 @@ class Rooms:
         return _Speed(step_ms, busy)
 
     def _time(
-        self, index: int, worker: Worker, others: Sequence[Worker], speeds: dict[int, _Speed]
+        self, index: int, speed: _Speed, turns_ms: float, clients: float, small: bool
     ) -> float | Refusal:
-        """A model's time per token among the others, or why that will not do; 0 not known."""
+        """A model's time per token among the others, or why that will not do; 0 not known.
+
+        `turns_ms` is what the models of its worker take in turn, `clients` how many other workers
+        are busy, `small` whether all of the room's models are.
+        """
         need, rules = self.models[index], self.rules
-        step_ms = speeds[index].step_ms
-        if not step_ms:
+        if not speed.step_ms:
             asked = need.ms_per_token or need.tokens_per_s
             return Refusal("unknown", index) if asked else 0.0
-        turns = sum(speeds[each].busy * speeds[each].step_ms for each in worker.models)
-        turns += (1 - speeds[index].busy) * step_ms
-        clients = sum(min(1.0, sum(speeds[i].busy for i in each.models)) for each in others)
-        small = all(
-            self.models[i].weights_bytes <= rules.mps_weights_max_bytes
-            for each in (worker, *others)
-            for i in each.models
-        )
-        time_ms = turns * (1 + clients * (rules.mps_time if small else 1.0))
+        turns_ms += (1 - speed.busy) * speed.step_ms
+        time_ms = turns_ms * (1 + clients * (rules.mps_time if small else 1.0))
         if need.ms_per_token and time_ms > need.ms_per_token:
             return Refusal("time", index, need.ms_per_token, time_ms)
-        kept = 1 / (1 + clients)
-        if small:
-            kept = max(kept, 1 - clients * rules.mps_throughput)
-        most_tokens_per_s = 1000 * need.requests / turns * kept
-        if need.tokens_per_s > most_tokens_per_s:
-            return Refusal("rate", index, need.tokens_per_s, most_tokens_per_s)
+        if need.tokens_per_s:
+            kept = 1 / (1 + clients)
+            if small:
+                kept = max(kept, 1 - clients * rules.mps_throughput)
+            most_tokens_per_s = 1000 * need.requests / turns_ms * kept
+            if need.tokens_per_s > most_tokens_per_s:
+                return Refusal("rate", index, need.tokens_per_s, most_tokens_per_s)
         return time_ms
 
 
