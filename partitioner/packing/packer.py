@@ -26,7 +26,7 @@ BRANCHES_MAX = 10_000
 """Branches that are looked at in all, where they are: what has more is mended like the rest."""
 FILLINGS_MAX = 4000
 """Sets of rooms that are filled in all."""
-CUTS_MAX = 4
+CUTS_MAX = 6
 """Ways to cut a GPU that are tried each time that it is filled again, drawn anew."""
 NOISE = 0.2
 """How far models change places when they are lined up again: the spread of their logarithms."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from partitioner.packing.rooms import Rooms, instance_rooms, whole_room
 from partitioner.packing.sharing import load_rules
 from partitioner.packing.values import Arrangement, Isolation, ModelNeed, Refusal, Room
-from tests.partitioner.packing.node import GIB, MIB, gpu, need, rules
+from tests.partitioner.packing.node import GIB, MIB, gpu, need, random_models, rules
 
 WHOLE = whole_room(gpu())
 SMALL = instance_rooms(gpu())["1g.18gb"]
@@ -149,3 +151,33 @@ def test_a_reserve_smaller_than_a_context_is_all_context() -> None:
     assert (tiny.context_bytes, tiny.worker_bytes) == (0, 0)
     assert rules().worker_bytes == 3 * GIB
     assert [rules().threads_percent(clients) for clients in (1, 2, 3, 4)] == [100, 60, 40, 30]
+
+
+def test_a_group_fits_wherever_a_larger_one_does_and_who_is_apart_never_goes_together() -> None:
+    chance = random.Random(5)
+    models = [
+        replace(each, tokens_per_s=chance.choice((0, 0, 20, 60)))
+        for each in random_models(chance, 10)
+    ]
+    asked = Rooms(models, rules())
+    places = (WHOLE, *instance_rooms(gpu()).values())
+    for one, other in itertools.combinations(range(len(models)), 2):
+        for room in places:
+            asked.judge(frozenset((one,)), room)
+            asked.judge(frozenset((one, other)), room)
+    shared = kept_apart = 0
+    for _ in range(600):
+        group = frozenset(chance.sample(range(len(models)), chance.randint(2, 5)))
+        room = chance.choice(places)
+        fresh = Rooms(models, rules()).fits(group, room) is not None
+        apart = any(
+            asked.apart(room)[one] >> other & 1 for one, other in itertools.permutations(group, 2)
+        )
+        assert not (fresh and apart)
+        kept_apart += apart
+        if fresh:
+            shared += 1
+            for left in group:
+                assert asked.fits(group - {left}, room) is not None
+    assert shared > 20
+    assert kept_apart > 100
