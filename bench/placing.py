@@ -11,7 +11,8 @@ tell the best; the sum of what was packed over the sum of the best, and the wors
 Load: models that come and go on eight H200, more of them than fit. The load that is let in is
 memory times the time that it stays; first fit takes the first GPU with room, there the first room,
 else the smallest profile at its first place. The packer's choice is taken without and with moving
-up to three instances for an arrival.
+up to three instances for an arrival. Beside it stands, for models behind walls, the load where
+free slots are of use wherever they are, as if anything could be moved at any time.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from partitioner.packing.arriving import (
     least_fragmenting_or_moving,
 )
 from partitioner.packing.exact import best_value
+from partitioner.packing.filling import cuts_of
 from partitioner.packing.packer import pack
 from partitioner.packing.rooms import Rooms
 from partitioner.packing.sharing import Rules, load_rules
@@ -163,17 +165,40 @@ def let_in(rules: Rules, arriving: Stream, choice: Choice) -> tuple[float, int]:
     return accepted / offered, moved
 
 
+def slots_let_in(rules: Rules, arriving: Stream) -> float:
+    """The part of the load that is let in where an arrival needs slots, and no matter which."""
+    (cuts,) = cuts_of([gpu(0, "h200")])
+    kinds = sorted({room for cut in cuts.sets for room in cut}, key=lambda room: room.slots)
+    rooms = Rooms(arriving.models, rules)
+    free = GPUS * gpu(0, "h200").state.geometry.memory_slots
+    ends: list[tuple[float, int]] = []
+    accepted = offered = 0.0
+    for index, (comes_s, goes_s) in enumerate(arriving.stays):
+        while ends and ends[0][0] <= comes_s:
+            free += heapq.heappop(ends)[1]
+        load = rooms.bytes[index] * (goes_s - comes_s)
+        offered += load
+        slots = next(room.slots for room in kinds if rooms.fits(frozenset((index,)), room))
+        if slots <= free:
+            free, accepted = free - slots, accepted + load
+            heapq.heappush(ends, (goes_s, slots))
+    return accepted / offered
+
+
 def loads(rules: Rules, arrivals: int, *, walled: bool) -> dict[str, list[tuple[float, int]]]:
     """By policy, what each stream let in and moved."""
     policies: dict[str, Choice] = {
         "first fit": first_fit,
-        "without moves": least_fragmenting,
         "with moves": least_fragmenting_or_moving,
+        "without moves": least_fragmenting,
     }
     streams = [stream(seed, arrivals, walled=walled) for seed in STREAMS]
-    return {
+    measured = {
         name: [let_in(rules, each, choice) for each in streams] for name, choice in policies.items()
     }
+    if walled:
+        measured["slots anywhere"] = [(slots_let_in(rules, each), 0) for each in streams]
+    return measured
 
 
 def load_figures(
@@ -182,7 +207,9 @@ def load_figures(
     """Load against first fit: all streams together, and the least of them."""
     base = [load for load, _ in measured["first fit"]]
     figures = []
-    for policy in ("with moves", "without moves"):
+    for policy in measured:
+        if policy == "first fit":
+            continue
         found = [load for load, _ in measured[policy]]
         more = sum(found) / sum(base)
         least = min(one / other for one, other in zip(found, base, strict=True))
@@ -214,7 +241,7 @@ def value_figures(values: Sequence[tuple[float, float]]) -> list[Figure]:
             ratio >= REACH_VALUE,
         ),
         Figure("nodes packed as well as can be", f"{exact} of {len(values)}"),
-        Figure("the worst node", f"{100 * worst:.1f}%"),
+        Figure("the worst node", f"{100 * worst:.1f}%", "at least 98%", worst >= REACH_VALUE),
     ]
 
 

@@ -1,9 +1,12 @@
 """One model after another: where an arrival goes, on a node that serves others already.
 
 It owns the choice for a single arrival, and first fit to compare it with. It is pure. The choice
-joins others where that takes no memory slot; else it takes the fewest slots that do, where the
-fragmentation of the GPU grows least; else, if it may, it takes the place of at most `MOVES_MAX`
-instances that find another one. The invariant: nobody who is there is refused what it was promised.
+joins others where that takes no memory slot: those of its own tenant first, then where it leaves
+the least memory over. Else it has a room made: one that others may join as large as there is, since
+what many share has no remainders; one behind a wall in hardware of the fewest slots that do; both
+where the fragmentation of the GPU grows least. Else, if it may, it takes the place of at most
+`MOVES_MAX` instances that find another one. The invariant: nobody who is there is refused what it
+was promised.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from partitioner.geometry import Geometry, Instance, Profile, fragmentation
 from partitioner.packing.rooms import Rooms, instance_rooms, whole_room
-from partitioner.packing.values import Bin, Room
+from partitioner.packing.values import Bin, Isolation, Room
 
 MOVES_MAX = 3
 
@@ -50,20 +53,18 @@ class Standing:
 Node = tuple[Standing, ...]
 
 
+Cost = tuple[float, ...]
+"""Lower is better."""
+
+
 @dataclass(frozen=True)
 class Way:
     """A way to take a group in on one GPU: that GPU then, and what it takes."""
 
     number: int
     then: Standing
-    slots: int
     growth: float
-    slices: int
-
-    @property
-    def cost(self) -> tuple[int, float, int, int]:
-        """Lower is better."""
-        return (self.slots, self.growth, self.slices, self.number)
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,34 @@ class Arrivals:
         """Every way to take a group in on one GPU without moving anybody; joining others first."""
         here = node[number]
         for position, (place, there) in enumerate(here.groups):
-            if self.rooms.fits(there | group, self._room(number, here, place)) is not None:
+            room = self._room(number, here, place)
+            found = self.rooms.fits(there | group, room)
+            if found is not None:
                 groups = list(here.groups)
                 groups[position] = (place, there | group)
-                yield Way(number, replace(here, groups=tuple(groups)), 0, 0.0, 0)
+                left_bytes = room.memory_bytes - found.used_bytes
+                cost = (0, not self._at_home(group, there), left_bytes, number)
+                yield Way(number, replace(here, groups=tuple(groups)), 0.0, cost)
         if here.whole:
             return
+        sign = -1 if self._open_to_others(group) else 1
         for place, slices, growth in self._new(number, here, group):
             then = replace(here, groups=(*here.groups, (place, group)))
-            yield Way(number, then, place.size, growth, slices)
+            yield Way(number, then, growth, (1, sign * place.size, growth, slices, number))
         whole = whole_room(here.bin)
         if not here.groups and here.bin.may_be_whole and self.rooms.fits(group, whole):
-            yield Way(number, replace(here, groups=((None, group),)), whole.slots, 0.0, 0)
+            then = replace(here, groups=((None, group),))
+            yield Way(number, then, 0.0, (1, sign * whole.slots, 0.0, 0, number))
+
+    def _at_home(self, group: Group, there: Group) -> bool:
+        """Whether a model of the same tenant is there, whose worker may serve both."""
+        models = self.rooms.models
+        return not {models[i].tenant for i in group}.isdisjoint(models[i].tenant for i in there)
+
+    def _open_to_others(self, group: Group) -> bool:
+        """Whether models of other tenants may come into the group's room."""
+        walls = (self.rooms.models[index].isolation for index in group)
+        return self.rooms.rules.shares and Isolation.HARDWARE not in walls
 
     def best(self, node: Node, group: Group) -> Way | None:
         """The cheapest of all ways on all GPUs."""
@@ -231,7 +248,7 @@ def _under(here: Standing, place: Instance) -> list[tuple[Instance, Group]]:
     return [(old, group) for old, group in here.groups if old is not None and old.mask & place.mask]
 
 
-def _cost(way: Way) -> tuple[int, float, int, int]:
+def _cost(way: Way) -> Cost:
     return way.cost
 
 

@@ -47,15 +47,34 @@ def admit(choice: Choice, models: list[ModelNeed], node: Node) -> list[Admission
     return admitted
 
 
-def test_an_arrival_joins_others_before_it_takes_slots() -> None:
-    models = [
-        need("a", 8, 4, tenant="x"),
-        need("b", 50, 4, tenant="y"),
-        need("c", 2, 1, tenant="y"),
-    ]
-    last = admit(least_fragmenting, models, (Standing(gpu()),))[-1]
+def test_who_may_be_joined_has_the_largest_room_and_who_may_not_the_smallest() -> None:
+    node = (Standing(gpu()), Standing(gpu(1)))
+    models = [need("a", 8, 4, tenant="x"), need("b", 50, 4, tenant="y"), *walled(SMALL)]
+    last = admit(least_fragmenting, models, node)[-1]
     assert last is not None
-    assert [len(group) for _, group in last.node[0].groups] == [1, 2]
+    assert [[len(group) for _, group in each.groups] for each in last.node] == [[2], [1]]
+    assert places(last.node) == [["7g.141gb@0"], ["1g.18gb@6"]]
+    # Where nothing is divided into shares nobody of another tenant could come in.
+    alone = Arrivals(Rooms(models, rules(shares=False)))
+    found = least_fragmenting(alone, node, 0)
+    assert found is not None
+    assert places(found.node)[0] == ["1g.18gb@6"]
+
+
+def test_an_arrival_joins_its_own_tenant_and_else_where_least_is_left_over() -> None:
+    models = [
+        need("large", 40, 4, tenant="x"),
+        need("small", 16, 4, tenant="y"),
+        need("other", 2, 1, tenant="z"),
+        need("own", 2, 1, tenant="x"),
+    ]
+    half, quarter = Instance(0, 4, "3g.71gb"), Instance(4, 2, "1g.35gb")
+    there = ((half, frozenset({0})), (quarter, frozenset({1})))
+    arrivals = Arrivals(Rooms(models, rules()))
+    for index, place in ((2, quarter), (3, half)):
+        found = least_fragmenting(arrivals, (Standing(gpu(), there),), index)
+        assert found is not None
+        assert index in dict(found.node[0].groups)[place]
 
 
 def test_the_slot_that_breaks_up_least_is_taken_and_first_fit_takes_the_first() -> None:
