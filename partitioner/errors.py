@@ -15,7 +15,7 @@ failed, on what, and what the reader can do.
     │   ├── ChangeCancelledError somebody asked for it to stop
     │   └── NotRolledBackError   neither the new nor the old layout could be reached yet
     ├── MpsError                 a control daemon of MPS, or what it serves
-    │   ├── MpsUnavailableError  this host has no control program
+    │   ├── MpsUnavailableError  this host has no control program, or cannot run it
     │   ├── MpsCommandError      the program says that a command failed
     │   ├── MpsAnswerError       its answer cannot be understood
     │   ├── MpsTimeoutError      a command, a start or an end was not done in time
@@ -103,7 +103,7 @@ class MpsError(PartitionerError):
 
 
 class MpsUnavailableError(MpsError):
-    """The control program is not there."""
+    """The control program is not there, or cannot be run."""
 
 
 class MpsCommandError(MpsError):

@@ -90,7 +90,8 @@ class Commands:
                 start_new_session=True,
             )
         except OSError as error:
-            raise MpsCommandError(f"cannot run {self.program[0]}: {error}") from error
+            # Nothing was asked, so this says nothing of the daemon.
+            raise MpsUnavailableError(f"cannot run {self.program[0]}: {error}") from error
 
     async def _ended(
         self, process: asyncio.subprocess.Process, what: str, text: str

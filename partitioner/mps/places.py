@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -26,16 +27,15 @@ from partitioner.mps import shared as notes
 from partitioner.mps.commands import REAL_CONTROL
 from partitioner.mps.control import Language, Limits, MpsControl
 from partitioner.mps.lifetime import PID_FILE
+from partitioner.mps.mending import EndWorker, Mended, Mending
 from partitioner.mps.preflight import look
 from partitioner.mps.probing import control, language_of, refuse_without_static
-from partitioner.mps.recovery import recover
 from partitioner.mps.shared import SharedPlace
-from partitioner.mps.sightings import SeenPlace, Sightings
-
-ASTRAY_ENDS_MAX = 3
-"""How often a share's worker is ended for being no client; more would only keep it from serving."""
+from partitioner.mps.sightings import SeenPlace, Sightings, Workers
 
 RELEASE_TIMEOUT_S = 5.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class MpsPlaces:
         self._programs = programs
         self._boot_id = boot_id
         self._turn = asyncio.Lock()
-        self._astray: Counter[str] = Counter()
         self._sightings = Sightings()
+        self._mending = Mending(self._sightings, partial(notes.write, root))
 
     def noted(self) -> tuple[SharedPlace, ...]:
         """The places whose shares can serve, according to the notes."""
@@ -114,8 +114,7 @@ class MpsPlaces:
             ]
             await look(wanted, mps, self._programs.look, fresh)
             notes.write(self._root, replace(wanted, ready=True))
-            for name in wanted.partitions:
-                del self._astray[name]
+            self._mending.forget(wanted.partitions)
 
     async def unshare(self, gpu: str, place: Instance | None) -> None:
         """Have no daemon there any more."""
@@ -174,17 +173,9 @@ class MpsPlaces:
                     problems.append(f"{each.name} has no MPS daemon: {error}")
         return tuple(problems)
 
-    async def mend(
-        self,
-        workers: Mapping[str, int],
-        end_worker: Callable[[str], Awaitable[None]],
-    ) -> tuple[str, ...]:
-        """Bring servers back that are in fault or gone; which places those were.
-
-        `workers` are the pids of those that serve, by partition. All of a faulted place are ended,
-        and so is one that is no client of its daemon: it would run beside MPS, without limits.
-        """
-        mended = []
+    async def mend(self, workers: Workers, end_worker: EndWorker) -> Mended:
+        """Look at every place, and mend what is wrong with it; see `Mending.look`."""
+        found = []
         self._sightings.keep({each.name for each in self.noted()})
         for noted in self.noted():
             async with self._turn:
@@ -192,33 +183,31 @@ class MpsPlaces:
                 each = next((one for one in self.noted() if one == noted), None)
                 if each is None:
                     continue
-                here = [name for name in each.partitions if name in workers]
                 mps = self._control(each)
-
-                async def end_all(names: list[str] = here) -> None:
-                    await asyncio.gather(*map(end_worker, names))
-
-                seen = await self._sightings.look(each, mps, workers)
-                if seen.in_fault:
-                    names = await recover(mps, each.limits, end_all)
-                    notes.write(self._root, replace(each, sm_partitions=names))
-                    mended.append(each.name)
-                    continue
-                astray = seen.astray
-                self._astray.update(astray)
-                await end_all([one for one in astray if self._astray[one] <= ASTRAY_ENDS_MAX])
-                mended.extend(one for one in astray if self._astray[one] <= ASTRAY_ENDS_MAX + 1)
-        return tuple(mended)
+                try:
+                    found.append(await self._mending.look(each, mps, workers, end_worker))
+                except MpsError as error:
+                    found.append(Mended(problems=(f"{each.name}: {error}",)))
+        return Mended(
+            tuple(name for each in found for name in each.places),
+            tuple(problem for each in found for problem in each.problems),
+        )
 
     def seen(self) -> tuple[SeenPlace, ...]:
         """What was seen of each place when it was last looked after; asks no daemon."""
         return self._sightings.latest()
 
     async def stop(self) -> None:
-        """End every daemon; the notes stay, and `restore` starts them again."""
+        """End every daemon; the notes stay, and `restore` starts them again.
+
+        One that cannot be ended keeps none of the others.
+        """
         for each in self._notes():
             async with self._turn:
-                await self._control(each).stop()
+                try:
+                    await self._control(each).stop()
+                except MpsError as error:
+                    log.error("the MPS daemon of %s is left behind: %s", each.name, error)
 
     def _notes(self) -> tuple[SharedPlace, ...]:
         return notes.read(self._root, self._boot_id)

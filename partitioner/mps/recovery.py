@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Awaitable, Callable
 
-from partitioner.errors import MpsError, MpsTimeoutError
+from partitioner.errors import MpsCommandError, MpsError
 from partitioner.mps.control import Limits, MpsControl, ServerStatus
 from partitioner.mps.lifetime import until
 
@@ -19,10 +19,13 @@ RECOVERY_TIMEOUT_S = 20.0
 
 
 async def faulted(control: MpsControl) -> bool:
-    """Whether a server of this daemon is in fault, or there is no daemon at all any more."""
+    """Whether a server of this daemon is in fault, or there is no daemon at all any more.
+
+    Raises any other `MpsError`: a daemon that does not answer in time may well be sound.
+    """
     try:
         servers = await control.servers()
-    except MpsError:
+    except MpsCommandError:
         return True
     return any(each.status is ServerStatus.FAULT for each in servers)
 
@@ -45,8 +48,11 @@ async def recover(
 
     try:
         # Without a daemon there is nothing to wait for.
-        if await control.answers():
+        answers = await control.answers()
+        if answers:
             await until(well, "", RECOVERY_TIMEOUT_S)
-    except MpsTimeoutError:
-        await control.stop()
+    except MpsError:
+        answers = False
+    if not answers:
+        await control.stop()  # It may be there all the same, stuck.
     return await control.share(limits)

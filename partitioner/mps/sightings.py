@@ -3,7 +3,8 @@
 It owns one look at a place, what came of the last ones, and their age. It mends nothing: whoever
 looks judges and acts. The invariants: asking for what was seen asks no daemon; what is older than
 STALE_S is none at all; a client's limits are those that were read back when it was first seen,
-since what a daemon is told later binds later clients alone.
+since what a daemon is told later binds later clients alone; only a worker that is connected before
+and after the daemon is asked for its clients is called astray by the answer.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from partitioner.errors import MpsError
+from partitioner.errors import MpsCommandError, MpsError
 from partitioner.mps.control import Limits, MpsControl, MpsServer, ServerStatus
 from partitioner.mps.shared import SharedPlace
 
 STALE_S = 60.0
 """Longer than a look at a place takes whose control program is slow, but in time."""
+
+Workers = Callable[[], Mapping[str, int]]
+"""The pids of those that are connected now, by partition."""
 
 
 class Role(StrEnum):
@@ -42,7 +46,7 @@ class SeenProcess:
 
 @dataclass(frozen=True)
 class SeenPlace:
-    """A place at one time. `server` is None where no control daemon answers."""
+    """A place at one time. `server` is None where there is no control daemon."""
 
     shared: SharedPlace
     server: ServerStatus | None
@@ -78,16 +82,17 @@ class Sightings:
         """Forget every place but these."""
         self._seen = {name: each for name, each in self._seen.items() if name in names}
 
-    async def look(
-        self, shared: SharedPlace, control: MpsControl, workers: Mapping[str, int]
-    ) -> SeenPlace:
-        """Look at a place now; `workers` are pids by partition. Raises `MpsError`."""
+    async def look(self, shared: SharedPlace, control: MpsControl, workers: Workers) -> SeenPlace:
+        """Look at a place now.
+
+        Raises `MpsError` where that tells nothing: what does not answer in time may well be sound.
+        """
         status: ServerStatus | None = None
         processes: tuple[SeenProcess, ...] = ()
         try:
             status = _worst(await control.servers())
-        except MpsError:
-            pass  # There is no daemon, or none that answers.
+        except MpsCommandError:
+            pass  # There is no daemon.
         else:
             if status is not ServerStatus.FAULT:
                 processes = await self._processes(shared, control, workers)
@@ -98,11 +103,17 @@ class Sightings:
         return seen
 
     async def _processes(
-        self, shared: SharedPlace, control: MpsControl, workers: Mapping[str, int]
+        self, shared: SharedPlace, control: MpsControl, workers: Workers
     ) -> tuple[SeenProcess, ...]:
         """Everybody there; limits are read back only if somebody has come."""
+        before = dict(workers())
         clients = await control.clients()
-        ours = {workers[name]: name for name in shared.partitions if name in workers}
+        now = workers()
+        ours = {
+            now[name]: name
+            for name in shared.partitions
+            if name in now and (now[name] == before.get(name) or now[name] in clients)
+        }
         known = self._known(shared)
         if any((pid, ours[pid]) not in known for pid in clients if pid in ours):
             told = await _told(shared, control)

@@ -76,7 +76,7 @@ class Bench:
                 await each.wait()
 
     async def look(self) -> None:
-        await self.places.mend(self.workers, self.end)
+        await self.places.mend(lambda: self.workers, self.end)
 
     def rows(self) -> Rows:
         readings: tuple[GpuReadings, ...] = self._reader.readings()
@@ -187,7 +187,7 @@ def test_a_fault_is_shown_and_counted_and_asking_asks_no_daemon(tmp_path: Path) 
             during.append(of(bench.rows(), "hotbay_mps_server_state", "state"))
             await end(partition)
 
-        await bench.places.mend(bench.workers, ending)
+        await bench.places.mend(lambda: bench.workers, ending)
         assert during == [{"starting": 0, "active": 0, "fault": 1, "gone": 0}]
         await bench.places.stop()
         bench.workers = {}

@@ -15,7 +15,8 @@ from partitioner.gpu import Gpu
 from partitioner.layout import Share
 from partitioner.mps import shared as notes
 from partitioner.mps.control import Language, Limits
-from partitioner.mps.places import ASTRAY_ENDS_MAX, MpsPlaces, Programs
+from partitioner.mps.mending import ASTRAY_ENDS_MAX, Mended
+from partitioner.mps.places import MpsPlaces, Programs
 from partitioner.mps.preflight import Sight, unlike
 from partitioner.mps.shared import SharedPlace
 from tests.partitioner.test_mps_contract import CLIENT, DEVICE, STAND_IN
@@ -92,7 +93,7 @@ def test_workers_that_run_beside_mps_are_ended_a_few_times_and_then_only_told(
         async def end(name: str) -> None:
             ended.append(name)
 
-        assert await places.mend({}, end) == ()
+        assert await places.mend(dict, end) == Mended()
         client = await asyncio.create_subprocess_exec(*places.prefix("gpu0/mps0"), "sleep", "600")
         control = places._control(places.noted()[0])
         while await control.clients() != (client.pid,):  # noqa: ASYNC110 (it is on its way)
@@ -102,9 +103,14 @@ def test_workers_that_run_beside_mps_are_ended_a_few_times_and_then_only_told(
         assert (await control.clients(), client.returncode) == ((), None)
         client.kill()
         await client.wait()
-        told = [await places.mend({"gpu0/mps1": 1}, end) for _ in range(ASTRAY_ENDS_MAX + 2)]
+        beside = {"gpu0/mps1": 1}
+        told = [await places.mend(lambda: beside, end) for _ in range(ASTRAY_ENDS_MAX + 2)]
         assert ended == ["gpu0/mps1"] * ASTRAY_ENDS_MAX
-        assert told == [("gpu0/mps1",)] * (ASTRAY_ENDS_MAX + 1) + [()]
+        *ends, last, after = told
+        assert ends == [Mended(("gpu0/mps1",))] * ASTRAY_ENDS_MAX
+        assert last.places == ()
+        assert "gpu0/mps1 has no limits" in last.problems[0]
+        assert after == Mended()
         for pid in places.pids():
             psutil.Process(pid).kill()
         assert await places.shared(DEVICE) == {None: ()}

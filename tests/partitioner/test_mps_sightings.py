@@ -47,7 +47,7 @@ class Daemon:
 
 
 def looked(sightings: Sightings, daemon: Daemon, workers: dict[str, int]) -> Any:
-    return asyncio.run(sightings.look(NOTE, daemon.control(), workers))
+    return asyncio.run(sightings.look(NOTE, daemon.control(), lambda: workers))
 
 
 def test_limits_are_those_of_when_a_worker_came_and_asked_for_then_alone() -> None:

@@ -28,6 +28,7 @@ from partitioner.mps import static
 from partitioner.mps.commands import REAL_CONTROL, Commands
 from partitioner.mps.control import Limits
 from partitioner.mps.legacy import LegacyControl
+from partitioner.mps.mending import Mended
 from partitioner.mps.places import MpsPlaces, Programs
 from partitioner.mps.preflight import Sight, unlike
 from partitioner.mps.static import Listed
@@ -198,7 +199,7 @@ def test_a_new_daemon_gives_new_partitions_which_the_note_knows(tmp_path: Path) 
         commands = Commands(places._programs.control, tmp_path / "gpu0", {})
         await commands.ask(text=FAULT_COMMAND)
         before = places.pids()
-        assert await places.mend({"gpu0/mps0": client.pid}, end) == ("gpu0",)
+        assert await places.mend(lambda: {"gpu0/mps0": client.pid}, end) == Mended(("gpu0",))
         assert ended == ["gpu0/mps0"]
         assert not places.pids() & before
         assert '"multiprocessors": 96' in await seen_by(places, "gpu0/mps0")

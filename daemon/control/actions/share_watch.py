@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
+from daemon.control.errors import ControlError
 from daemon.control.state.world import World
-from partitioner.errors import PartitionerError
+from partitioner.mps.mending import EndWorker, Mended
+from partitioner.mps.sightings import Workers
 
 CHECK_INTERVAL_S = 5.0
 
@@ -24,17 +25,13 @@ class Mendable(Protocol):
     """The places under MPS."""
 
     def noted(self) -> tuple[object, ...]: ...
-    async def mend(
-        self, workers: Mapping[str, int], end_worker: Callable[[str], Awaitable[None]]
-    ) -> tuple[str, ...]: ...
+    async def mend(self, workers: Workers, end_worker: EndWorker) -> Mended: ...
 
 
 class ShareWatch:
     """Looks every few seconds, and when a worker has ended; asks nobody where nothing is shared."""
 
-    def __init__(
-        self, world: World, sharing: Mendable, end_worker: Callable[[str], Awaitable[None]]
-    ) -> None:
+    def __init__(self, world: World, sharing: Mendable, end_worker: EndWorker) -> None:
         self._world = world
         self._sharing = sharing
         self._end_worker = end_worker
@@ -58,13 +55,24 @@ class ShareWatch:
 
     async def look(self) -> None:
         """Look once."""
-        workers = {name: each.pid for name, each in self._world.processes.workers.items()}
+        found = await self._sharing.mend(self._pids, self._end)
+        for name in found.places:
+            self._warn(f"MPS of {name} was in fault; its workers were restarted")
+        for problem in found.problems:
+            self._warn(f"MPS: {problem}")
+
+    def _pids(self) -> dict[str, int]:
+        return {name: each.pid for name, each in self._world.processes.workers.items()}
+
+    async def _end(self, partition: str) -> None:
         try:
-            mended = await self._sharing.mend(workers, self._end_worker)
-        except PartitionerError as error:
-            log.error("an MPS server cannot be brought back: %s", error)
-            self._world.warnings.append(f"an MPS server cannot be brought back: {error}")
-            return
-        for name in mended:
-            log.warning("MPS of %s was in fault; its workers are started again", name)
-            self._world.warnings.append(f"MPS of {name} was in fault; its workers were restarted")
+            await self._end_worker(partition)
+        except ControlError as error:
+            # Its neighbours are to be served again all the same, by a new daemon if need be.
+            log.error("the worker of %s cannot be ended: %s", partition, error)
+
+    def _warn(self, text: str) -> None:
+        """Say it among the node's warnings once: it may be found at each look."""
+        log.warning("%s", text)
+        if text not in self._world.warnings:
+            self._world.warnings.append(text)
