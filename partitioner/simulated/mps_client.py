@@ -18,8 +18,9 @@ import socket
 import sys
 from typing import Any
 
-from partitioner.simulated.mps_control import ANSWER_TIMEOUT_S, CLIENTS_SOCKET, MESSAGE_BYTES_MAX
+from partitioner.simulated.mps_control import CLIENTS_SOCKET, MESSAGE_BYTES_MAX
 
+ANSWER_TIMEOUT_S = 10.0
 EXIT_REFUSED = 1
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 

@@ -27,16 +27,14 @@ CLIENTS_SOCKET = "control"
 CLIENTS_MAX = 48
 MESSAGE_BYTES_MAX = 1 << 16
 START_TIMEOUT_S = 20.0
-ANSWER_TIMEOUT_S = 10.0
 NO_DAEMON = "Cannot find MPS control daemon process\n"
 VERSION = 13040
 FIRST_STATIC_VERSION = 13010
 
 
 def carry(pipes: str, asked: dict[str, Any]) -> tuple[str, int]:
-    """Have the daemon obey a command."""
+    """Have the daemon obey a command. Like NVIDIA's it waits for ever for one that is stuck."""
     front = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    front.settimeout(ANSWER_TIMEOUT_S)
     try:
         front.connect(os.path.join(pipes, COMMANDS_SOCKET))
         front.send(json.dumps({**asked, "uid": os.getuid()}).encode())
