@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from engine.link import control
 from engine.link.control import InFlight
 from swap.errors import InsufficientDeviceMemory
 from tests.support.control_stage import Theatre, staged, until
+from tests.support.descriptors import open_descriptors
 
 Scenario = Callable[[Theatre], Awaitable[None]]
 # Commanded swaps only: nothing comes up by itself, and what is not ACTIVE is held.
@@ -51,10 +51,6 @@ async def load(stage: Theatre, model: str, **fields: object) -> Operation:
 
 async def swap(stage: Theatre, outgoing: str, incoming: str) -> Operation:
     return await do(stage, Kind.SWAP, outgoing=(outgoing,), incoming=incoming)
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_load_builds_keeps_attaches_and_serves(tmp_path: Path) -> None:
@@ -115,7 +111,7 @@ def test_failed_swap_leaves_the_old_model_serving(
 ) -> None:
     async def scenario(stage: Theatre) -> None:
         await load(stage, "prose")
-        before = descriptors()
+        before = len(open_descriptors())
         stage.worker.fail_at = stage_of_failure
         operation = await swap(stage, "prose", "code")
         assert operation.failure is not None
@@ -130,7 +126,7 @@ def test_failed_swap_leaves_the_old_model_serving(
         assert len(stage.gateway.segments) == len(stage.worker.images) == 1
         assert len(stage.node.world.store.images()) == 1
         assert stage.node.world.store.reserved_bytes == 0
-        assert descriptors() == before
+        assert len(open_descriptors()) == before
         stage.worker.fail_at = None
         assert (await swap(stage, "prose", "code")).failure is None
 
@@ -139,7 +135,7 @@ def test_failed_swap_leaves_the_old_model_serving(
 
 def test_failed_build_gives_everything_back(tmp_path: Path) -> None:
     async def scenario(stage: Theatre) -> None:
-        before = descriptors()
+        before = len(open_descriptors())
         stage.builders.refuse = CallRefused("tensor w is short", reason="CHECKPOINT_INVALID")
         operation = await load(stage, "prose")
         assert operation.failure is not None
@@ -147,7 +143,7 @@ def test_failed_build_gives_everything_back(tmp_path: Path) -> None:
         assert operation.stage is Stage.ROLLED_BACK
         assert stage.node.world.store.used_bytes == 0
         assert stage.gateway.segments == {}
-        assert descriptors() == before
+        assert len(open_descriptors()) == before
 
     play(tmp_path, scenario, "prose")
 
@@ -231,7 +227,7 @@ def test_worker_that_has_no_room_after_all_leaves_it_standby(tmp_path: Path) -> 
 
 def test_unload_takes_off_and_evict_drops_the_image_everywhere(tmp_path: Path) -> None:
     async def scenario(stage: Theatre) -> None:
-        before = descriptors()
+        before = len(open_descriptors())
         await load(stage, "prose")
         operation = await do(stage, Kind.UNLOAD, outgoing=("prose",))
         assert operation.result is not None
@@ -243,7 +239,7 @@ def test_unload_takes_off_and_evict_drops_the_image_everywhere(tmp_path: Path) -
         assert operation.result.state == "COLD"
         assert stage.worker.images == stage.gateway.segments == {}
         assert stage.node.world.store.used_bytes == 0
-        assert descriptors() == before
+        assert len(open_descriptors()) == before
 
     play(tmp_path, scenario, "prose")
 

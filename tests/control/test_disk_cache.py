@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from daemon.control.errors import CallRefused
 from daemon.control.state.records import Intent, Kind
 from daemon.control.state.running import Request
 from tests.support.control_stage import Theatre, staged, until
+from tests.support.descriptors import open_descriptors
 
 CACHE_BYTES = 1 << 30
 QUIET = "[scheduling]\nswap_on_demand = false\n"
@@ -185,7 +185,7 @@ def test_a_reader_that_dies_fails_the_load_and_keeps_the_file(tmp_path: Path) ->
         await load(stage, "prose")
         await saved(stage)
         await unload(stage, "prose")
-        before = stage.node.world.store.used_bytes, len(os.listdir("/proc/self/fd"))
+        before = stage.node.world.store.used_bytes, len(open_descriptors())
 
         async def die(*_: object) -> None:
             raise CallRefused("no memory", reason="INSUFFICIENT_HOST_MEMORY")
@@ -194,7 +194,7 @@ def test_a_reader_that_dies_fails_the_load_and_keeps_the_file(tmp_path: Path) ->
         failed = await load(stage, "prose")
         assert failed.failure.reason == "INSUFFICIENT_HOST_MEMORY"
         assert len(kept(stage)) == 1
-        assert (stage.node.world.store.used_bytes, len(os.listdir("/proc/self/fd"))) == before
+        assert (stage.node.world.store.used_bytes, len(open_descriptors())) == before
         del stage.builders.restore
         assert (await load(stage, "prose")).failure is None
         assert stage.builders.builds == ["prose"]

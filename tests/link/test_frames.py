@@ -18,6 +18,7 @@ import uvloop
 from engine.link import frames
 from engine.link.errors import FrameInvalid, LinkClosed, LinkCongested, LinkError
 from engine.link.frames import Link
+from tests.support.descriptors import open_descriptors
 
 
 class Text(msgspec.Struct, frozen=True, tag=True):
@@ -43,9 +44,9 @@ def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], Awaitable[Any]
 
         with asyncio.Runner(loop_factory=LOOPS[request.param]) as runner:
             runner.get_loop()
-            before = set(os.listdir("/proc/self/fd"))
+            before = open_descriptors()
             result = runner.run(bounded())
-            after = set(os.listdir("/proc/self/fd"))
+            after = open_descriptors()
             assert len(after) <= len(before), f"descriptors leaked: {after - before}"
             return result
 

@@ -23,7 +23,16 @@ from engine.link.control import Exchange, ExchangeResult, InFlight
 from engine.link.errors import LinkError
 from engine.link.frames import Link
 from engine.link.peer import Peer
-from engine.link.tokens import Cancel, Finish, FromWorker, Grant, Output, Sampling, Submit
+from engine.link.tokens import (
+    STEP_FRAMES_CREDIT,
+    Cancel,
+    Finish,
+    FromWorker,
+    Grant,
+    Output,
+    Sampling,
+    Submit,
+)
 from engine.models.layout import image_recipes
 from engine.models.spec import ModelSpec
 from swap.build import build_image
@@ -35,6 +44,8 @@ ROOT = Path(__file__).parents[2]
 CALL_TIMEOUT_S = 120.0
 START_TIMEOUT_S = 120.0
 MEMORY_BYTES = 24 << 20
+FRAMES_LEFT = 16
+"""Of a gateway's credit, once its streams are to stand still: so many tokens each has at most."""
 
 
 @dataclass
@@ -137,6 +148,19 @@ class GatewaySide:
                 return answer
             assert answer.tokens == [], "a request of which tokens were sent came back"
             await asyncio.sleep(0.005)
+
+    async def stand_still(self, model: str) -> None:
+        """Have streams stand still after a few tokens, until `flow`: however slow the test is, they
+        go on for as long as it wants. `model` is ACTIVE, and uses up the link's credit."""
+        self.grants = False
+        frames = STEP_FRAMES_CREDIT - FRAMES_LEFT
+        answer = await self.run(model, [1], Sampling(max_tokens=frames, temperature=0.0))
+        assert len(answer.outputs) == frames
+
+    def flow(self) -> None:
+        """Let streams go on."""
+        self.grants = True
+        self.link.post(Grant(STEP_FRAMES_CREDIT))
 
     async def close(self) -> None:
         self.task.cancel()

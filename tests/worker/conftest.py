@@ -88,9 +88,12 @@ async def serving(
             await hotbayd.attach(model.image)
         assert (await hotbayd.exchange(load(models[0].key, models[0].image))).error == ""
         yield hotbayd, gateway
-        await worker.clear()
     finally:
-        await worker.disconnect()
+        # After a test that failed too: the next one has the same worker.
+        try:
+            await worker.clear()
+        finally:
+            await worker.disconnect()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from engine.link import control
 from engine.link.control import EngineStatus, Exchange, InFlight, Stage
-from engine.link.tokens import STEP_FRAMES_CREDIT, Finish, Grant
+from engine.link.tokens import Finish
 from tests.support.worker_stage import BuiltImage, WorkerStage, greedy, load, worker_process
 from tests.worker.conftest import Model, serving
 
@@ -71,6 +71,7 @@ def test_draining_finishes_what_runs_and_hands_back_what_comes(
 ) -> None:
     async def run() -> None:
         async with serving(shared_worker, prose, code) as (hotbayd, gateway):
+            await gateway.stand_still(prose.key)
             streams = [gateway.submit(prose.key, [*PROMPT, n], greedy(60)) for n in range(8)]
             for stream in streams:
                 await gateway.begun(stream)
@@ -80,6 +81,7 @@ def test_draining_finishes_what_runs_and_hands_back_what_comes(
             await hotbayd.stage("swap", Stage.DRAINING)
             late = gateway.submit(prose.key, PROMPT, greedy(4))
             early = gateway.submit(code.key, PROMPT, greedy(4))
+            gateway.flow()
             assert (await gateway.ended(late)).finish is Finish.REQUEUE
             for number, stream in enumerate(streams):
                 answer = await gateway.ended(stream)
@@ -105,6 +107,7 @@ def test_recomputed_requests_go_on_with_the_same_tokens_when_the_model_is_back(
 ) -> None:
     async def run() -> None:
         async with serving(shared_worker, prose, code) as (hotbayd, gateway):
+            await gateway.stand_still(prose.key)
             streams = [gateway.submit(prose.key, [*PROMPT, n], greedy(150)) for n in range(4)]
             for stream in streams:
                 await gateway.begun(stream)
@@ -112,6 +115,7 @@ def test_recomputed_requests_go_on_with_the_same_tokens_when_the_model_is_back(
                 code.key, code.image, "1", outgoing=(prose.key,), in_flight=InFlight.RECOMPUTE
             )
             result = await hotbayd.exchange(away)
+            gateway.flow()
             assert (result.error, result.ledger.requests_kept) == ("", 4)
             state = await hotbayd.describe()
             parked = next(one for one in state.engines if one.model == prose.key)
@@ -191,6 +195,7 @@ def test_a_drain_that_takes_too_long_and_an_abort(
 ) -> None:
     async def run() -> None:
         async with serving(shared_worker, prose, code) as (hotbayd, gateway):
+            await gateway.stand_still(prose.key)
             stream = gateway.submit(prose.key, PROMPT, greedy(240))
             await gateway.begun(stream)
             swap = load(
@@ -202,6 +207,7 @@ def test_a_drain_that_takes_too_long_and_an_abort(
                 drain_timeout_s=0.01,
             )
             ledger = (await hotbayd.exchange(swap)).ledger
+            gateway.flow()
             if policy is InFlight.ABORT:
                 assert (ledger.requests_lost, ledger.requests_kept) == (1, 0)
                 answer = await gateway.ended(stream)
@@ -223,9 +229,11 @@ def test_a_drained_model_keeps_its_weights_and_serves_again_when_resumed(
 ) -> None:
     async def run() -> None:
         async with serving(shared_worker, prose, code) as (hotbayd, gateway):
+            await gateway.stand_still(prose.key)
             stream = gateway.submit(prose.key, PROMPT, greedy(100))
             await gateway.begun(stream)
             await hotbayd.done(control.Drain(prose.key, InFlight.RECOMPUTE))
+            gateway.flow()
             (engine,) = (await hotbayd.describe()).engines
             assert (engine.status, engine.waiting) == (EngineStatus.STAGED, 1)
             assert engine.weights_bytes > 0
@@ -283,9 +291,9 @@ def test_an_exchange_ends_without_hotbayd_and_is_answered_again_when_asked_again
 ) -> None:
     async def run() -> None:
         async with serving(shared_worker, prose, code) as (first, _):
-            # A gateway that grants nothing: its stream stands still, and so does the drain.
-            gateway = await shared_worker.gateway(grants=False)
-            await gateway.run(prose.key, PROMPT, greedy(200))
+            # Its stream stands still, and so does the drain.
+            gateway = await shared_worker.gateway()
+            await gateway.stand_still(prose.key)
             stream = gateway.submit(prose.key, PROMPT, greedy(200))
             await gateway.begun(stream)
             request = load(code.key, code.image, "swap", outgoing=(prose.key,))
@@ -298,7 +306,7 @@ def test_an_exchange_ends_without_hotbayd_and_is_answered_again_when_asked_again
             other = await second.failed(msgspec.structs.replace(request, operation="other"))
             assert other.reason == "OPERATION_IN_PROGRESS"
             joining = asyncio.create_task(second.exchange(request))
-            gateway.link.post(Grant(STEP_FRAMES_CREDIT))
+            gateway.flow()
             joined = await joining
             assert (await gateway.ended(stream)).tokens == prose.expected(PROMPT, 200)
             state = await second.describe()

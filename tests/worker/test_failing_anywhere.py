@@ -187,6 +187,7 @@ async def begin_in_process(
     for model in (verse, tale):
         await hotbayd.attach(model.image)
     assert (await hotbayd.exchange(load(verse.key, verse.image))).error == ""
+    await gateway.stand_still(verse.key)
     streams = [gateway.submit(verse.key, prompt, greedy(150)) for prompt in PROMPTS]
     for stream in streams:
         await gateway.begun(stream)
@@ -198,6 +199,7 @@ async def begin_in_process(
     result = await hotbayd.exchange(away)
     assert result.error == ""
     assert result.ledger.parked_bytes > 0
+    gateway.flow()
     streams = [gateway.submit(tale.key, prompt, greedy(150)) for prompt in PROMPTS]
     for stream in streams:
         await gateway.begun(stream)

@@ -15,6 +15,7 @@ from engine.link import control
 from engine.link.errors import CallTimedOut, FrameInvalid, LinkClosed
 from engine.link.frames import DESCRIPTORS_PER_FRAME_MAX, OUTBOX_BYTES_HIGH, Link
 from engine.link.peer import Peer
+from tests.support.descriptors import open_descriptors
 
 
 def frame(message: object, announced: int = 0) -> bytes:
@@ -28,10 +29,6 @@ def send_with_descriptors(sock: socket.socket, data: bytes, count: int) -> None:
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_a_message_and_its_descriptors_arrive_together() -> None:
@@ -73,13 +70,13 @@ def test_sending_a_large_message_to_a_vanished_peer_never_hangs() -> None:
 def test_a_frame_that_lacks_its_descriptors_closes_the_link_and_leaks_none() -> None:
     async def run() -> None:
         here, there = socket.socketpair()
-        before = open_descriptors()
+        before = len(open_descriptors())
         link = Link(here, control.Done, name="peer")
         send_with_descriptors(there, frame(control.Done(1), announced=3), 2)
         with pytest.raises(FrameInvalid, match="did not send"):
             await asyncio.wait_for(link.receive(), 60)
         # The link's own end is closed, and nothing it received is still open.
-        assert open_descriptors() == before - 1
+        assert len(open_descriptors()) == before - 1
         there.close()
 
     asyncio.run(run())
@@ -89,14 +86,14 @@ def test_descriptors_nobody_announced_are_bounded() -> None:
     async def run() -> None:
         here, there = socket.socketpair()
         link = Link(here, control.Done, name="peer")
-        before = open_descriptors()
+        before = len(open_descriptors())
         for _ in range(2):
             send_with_descriptors(there, frame(control.Done(1)), DESCRIPTORS_PER_FRAME_MAX)
         for _ in range(2):
             assert (await asyncio.wait_for(link.receive(), 60))[0] == control.Done(1)
         with pytest.raises(FrameInvalid, match="did not announce"):
             await asyncio.wait_for(link.receive(), 60)
-        assert open_descriptors() == before - 1
+        assert len(open_descriptors()) == before - 1
         there.close()
 
     asyncio.run(run())

@@ -21,6 +21,7 @@ from swap.image import Manifest, complete
 from swap.pieces import PlacedPiece, place_pieces, read_placed
 from swap.segment import Segment
 from swap.writing import write_all, write_manifest
+from tests.support.descriptors import open_descriptors
 from tests.support.worker_stage import (
     BuiltImage,
     build_segment,
@@ -236,9 +237,9 @@ def test_a_device_on_which_nothing_unpacks_refuses_packed_images(
     plain, packed = images[code.key]
     device = HostDevice(2 << 20)
     monkeypatch.setattr(device, "kind", "cuda")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     with pytest.raises(DeviceError, match=r"unpacked on cuda: .*host_store\.packed = false"):
         Image.attach(device, os.dup(packed.segment.descriptor), packed.digest)
     Image.attach(device, os.dup(plain.segment.descriptor), plain.digest).close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
     device.close()

@@ -31,6 +31,7 @@ from swap.arena import PagePool, Region
 from swap.errors import CorruptWeights, InsufficientDeviceMemory
 from swap.host_device import HostDevice
 from swap.transfer import Transfer
+from tests.support.descriptors import open_descriptors
 from tests.support.devices import FAKE, device_factory
 from tests.worker.conftest import Model
 
@@ -314,13 +315,13 @@ def test_weights_that_differ_in_one_stretch_are_found(prose: Model, pool: PagePo
 def test_an_attached_image_keeps_no_descriptor_and_must_be_the_one_named(
     prose: Model, pool: PagePool
 ) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     image = Image.attach(pool.device, os.dup(prose.image.segment.descriptor), prose.image.digest)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
     image.close()
     image.close()
     with pytest.raises(CorruptWeights, match="holds image"):
         Image.attach(pool.device, os.dup(prose.image.segment.descriptor), "0" * 64)
     with pytest.raises(CorruptWeights):
         Image.attach(pool.device, os.open("/dev/null", os.O_RDONLY), prose.image.digest)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before

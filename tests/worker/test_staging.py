@@ -91,9 +91,11 @@ def test_a_swap_to_a_staged_model_copies_nothing_and_neither_does_the_way_back(
             assert (await staged(hotbayd, stage(code, "again"))).ledger.copied_bytes == 0
             for message in (control.Resume(code.key), control.Drain(code.key)):
                 assert (await hotbayd.failed(message)).reason == "INVALID_STATE"
+            await gateway.stand_still(prose.key)
             stream = gateway.submit(prose.key, PROMPT, greedy(120))
             await gateway.begun(stream)
             there = await hotbayd.exchange(swap("there", prose, code, in_flight=InFlight.RECOMPUTE))
+            gateway.flow()
             assert (there.error, there.ledger.copied_bytes, there.ledger.evicted_bytes) == (
                 "",
                 0,
