@@ -111,6 +111,23 @@ def test_it_serves_on_when_hotbayd_comes_and_goes(shared_worker: WorkerStage, pr
     asyncio.run(run())
 
 
+def test_copies_of_the_host_device_go_past_the_caches(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that was started is told, and what the C library was told besides stays."""
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=5")
+
+    async def told() -> str:
+        async with worker_process(runtime_dir) as worker:
+            assert (await (await worker.hotbayd()).describe()).engines == ()
+            return await asyncio.to_thread(Path(f"/proc/{worker.process.pid}/environ").read_text)
+
+    # The C library cuts the value in two where it lies.
+    environment = asyncio.run(told()).replace("\0", ":")
+    assert "GLIBC_TUNABLES=glibc.malloc.tcache_count=5:" in environment
+    assert ":glibc.cpu.x86_non_temporal_threshold=0x100000:" in environment
+
+
 @pytest.mark.slow
 def test_sigterm_ends_a_worker_that_hangs(runtime_dir: Path, prose: Model) -> None:
     async def run() -> None:
