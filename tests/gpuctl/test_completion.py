@@ -16,7 +16,8 @@ from hotbay.reasons import Reason
 
 from daemon.gpuctl.complete import DEADLINE_S
 from tests.gpuctl.conftest import ROOT, Run, in_process
-from tests.support.scripted_node import Refusal, ScriptedNode
+from tests.support.scripted_node import ScriptedNode
+from tests.support.scripted_values import Refusal
 
 
 def offers(gpuctl: Run, *words: str, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:

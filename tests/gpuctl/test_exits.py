@@ -12,7 +12,8 @@ from hotbay.v1 import model_pb2
 
 from daemon.gpuctl.exits import Exit, exit_of
 from tests.gpuctl.conftest import PROGRAM, Run, environment, in_process
-from tests.support.scripted_node import Refusal, ScriptedNode
+from tests.support.scripted_node import ScriptedNode
+from tests.support.scripted_values import Refusal
 
 
 @pytest.mark.parametrize(

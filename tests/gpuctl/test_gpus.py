@@ -9,7 +9,8 @@ from hotbay.reasons import Reason
 from hotbay.v1 import health_pb2, node_pb2, simulation_pb2
 
 from tests.gpuctl.conftest import Run
-from tests.support.scripted_node import Refusal, ScriptedNode
+from tests.support.scripted_node import ScriptedNode
+from tests.support.scripted_values import Refusal
 
 
 def unit(name: str, state: int, **fields: object) -> health_pb2.UnitHealth:

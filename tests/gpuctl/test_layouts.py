@@ -11,7 +11,8 @@ from hotbay.reasons import Reason
 from hotbay.v1 import node_pb2, partition_pb2
 
 from tests.gpuctl.conftest import Run
-from tests.support.scripted_node import GIB, Refusal, ScriptedNode
+from tests.support.scripted_node import ScriptedNode
+from tests.support.scripted_values import GIB, Refusal
 
 PLAN = partition_pb2.LayoutPlan(
     plan_id="plan-1", changes=True, predicted_downtime_ms=1500.0,

@@ -14,7 +14,8 @@ from hotbay.v1 import common_pb2, model_pb2, node_pb2
 from daemon.gpuctl.follow import ledger_lines, plan_lines
 from daemon.gpuctl.moves import swap_sentence
 from tests.gpuctl.conftest import Run
-from tests.support.scripted_node import GIB, Refusal, ScriptedNode
+from tests.support.scripted_node import ScriptedNode
+from tests.support.scripted_values import GIB, Refusal
 
 
 def test_a_swap_ends_with_its_sentence_and_a_way_back(gpuctl: Run) -> None:

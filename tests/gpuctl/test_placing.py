@@ -9,7 +9,8 @@ import pytest
 from hotbay.v1 import partition_pb2, placement_pb2
 
 from tests.gpuctl.conftest import Run
-from tests.support.scripted_node import GIB, ScriptedNode
+from tests.support.scripted_node import ScriptedNode
+from tests.support.scripted_values import GIB
 
 LAYOUT = "version: 1\ngpus:\n- {uuid: GPU-0}\n"
 PLACED = placement_pb2.PlacementPlan(

@@ -12,7 +12,8 @@ from hotbay.reasons import Reason
 from hotbay.v1 import common_pb2, model_pb2, node_pb2, partition_pb2, watch_pb2
 
 from tests.gpuctl.conftest import Run
-from tests.support.scripted_node import GIB, Refusal, ScriptedNode, ledger, version
+from tests.support.scripted_node import ScriptedNode
+from tests.support.scripted_values import GIB, Refusal, ledger, version
 
 
 def test_status_is_one_screen_with_everything(node: ScriptedNode, gpuctl: Run) -> None:

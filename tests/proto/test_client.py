@@ -19,7 +19,8 @@ from hotbay.reasons import Code, Reason
 from hotbay.status import call_error, code_of, error_info, operation_error, operation_metadata
 from hotbay.v1 import common_pb2, model_pb2
 
-from tests.support.scripted_node import GIB, PARTITION, Refusal, ScriptedNode, packed, version
+from tests.support.scripted_node import ScriptedNode
+from tests.support.scripted_values import GIB, PARTITION, Refusal, packed, version
 
 
 def test_what_there_is(client: Client) -> None:

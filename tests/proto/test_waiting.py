@@ -15,7 +15,8 @@ from hotbay.status import operation_metadata
 from hotbay.v1 import model_pb2
 
 from tests.support.clocks import ManualClock
-from tests.support.scripted_node import GIB, Refusal, ScriptedNode
+from tests.support.scripted_node import ScriptedNode
+from tests.support.scripted_values import GIB, Refusal
 
 
 def test_a_finished_operation_is_not_asked_about(node: ScriptedNode, client: Client) -> None:

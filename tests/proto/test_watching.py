@@ -12,7 +12,8 @@ from hotbay.reasons import Reason
 from hotbay.v1 import watch_pb2
 
 from tests.support.clocks import ManualClock
-from tests.support.scripted_node import Refusal, ScriptedNode
+from tests.support.scripted_node import ScriptedNode
+from tests.support.scripted_values import Refusal
 
 
 def event(
