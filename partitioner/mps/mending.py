@@ -61,7 +61,7 @@ class Mending:
         """
         try:
             seen = await self._sightings.look(shared, mps, workers)
-            in_fault = seen.in_fault
+            in_fault = seen.in_fault or shared.half_made
         except MpsTimeoutError as error:
             self._silent[shared.name] += 1
             if self._silent[shared.name] < SILENT_LOOKS_MAX:
@@ -70,6 +70,10 @@ class Mending:
             in_fault = True
         del self._silent[shared.name]
         if in_fault:
+            if shared.static:
+                # Who is started meanwhile names no multiprocessors, and so is let in by no daemon:
+                # they can be made only while no client is there.
+                self._note(replace(shared, sm_partitions=()))
 
             async def end_all() -> None:
                 await _end(end_worker, [name for name in shared.partitions if name in workers()])

@@ -166,7 +166,7 @@ class MpsPlaces:
         for each in self.noted():
             async with self._turn:
                 try:
-                    if not await self._control(each).answers():
+                    if each.half_made or not await self._control(each).answers():
                         names = await self._control(each).share(each.limits)
                         notes.write(self._root, replace(each, sm_partitions=names))
                 except MpsError as error:

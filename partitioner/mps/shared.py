@@ -47,6 +47,11 @@ class SharedPlace:
         return any(each.sm_count for each in self.shares)
 
     @property
+    def half_made(self) -> bool:
+        """Whether its shares are to have multiprocessors to themselves, and have none by now."""
+        return self.static and not self.sm_partitions
+
+    @property
     def partitions(self) -> tuple[str, ...]:
         """The names of its shares."""
         return share_ids(self.name, self.shares)

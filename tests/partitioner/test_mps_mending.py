@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from partitioner.errors import (
     MpsAnswerError,
     MpsCommandError,
     MpsError,
+    MpsLimitError,
     MpsTimeoutError,
     MpsUnavailableError,
 )
@@ -137,6 +139,42 @@ def test_a_fault_ends_all_and_what_is_sound_nobody() -> None:
         assert daemon.said == [*taken, f"end {ONE}", f"end {TWO}", "share", "note gpu0"]
 
     play(scenario)
+
+
+def test_nobody_comes_in_while_multiprocessors_are_given_out_anew() -> None:
+    """And where that failed, the next look does it again."""
+    static = replace(PLACE, shares=(Share(sm_count=96), Share(sm_count=32)))
+    noted = [replace(static, sm_partitions=("a", "b"))]
+
+    class Refusing(Daemon):
+        refuses = True
+
+        async def share(self, limits: tuple[Limits, ...]) -> tuple[str, ...]:
+            await super().share(limits)
+            assert noted[-1].sm_partitions == ()
+            if self.refuses:
+                raise MpsLimitError("not under clients")
+            return ("c", "d")
+
+    async def run() -> None:
+        daemon = Refusing({ONE: 1, TWO: 2})
+        mending = Mending(Sightings(), noted.append)
+
+        async def look() -> Mended:
+            return await mending.look(noted[-1], daemon, lambda: daemon.workers, daemon.end)
+
+        assert await look() == Mended()
+        daemon.status = ServerStatus.FAULT
+        for _ in range(2):
+            with pytest.raises(MpsLimitError):
+                await look()
+            assert noted[-1].half_made
+        daemon.refuses = False
+        assert await look() == Mended(("gpu0",))
+        assert noted[-1].sm_partitions == ("c", "d")
+        assert await look() == Mended()
+
+    asyncio.run(run())
 
 
 def test_a_daemon_that_gives_no_answer_is_replaced_only_after_several_looks() -> None:
