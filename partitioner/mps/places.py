@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -76,10 +76,11 @@ class MpsPlaces:
         except MpsError:  # There is not even a program any more.
             return False
 
-    async def refuse_missing(self, *, static: bool) -> None:
-        """Raise `MpsUnavailableError` without a control program, or one that has what it takes."""
-        await language_of(self._programs.control, self._root)
-        if static:
+    async def refuse_missing(self, shares: Collection[Share]) -> None:
+        """Raise `MpsUnavailableError` without a control program that has what these shares take."""
+        if shares:
+            await language_of(self._programs.control, self._root)
+        if any(each.sm_count for each in shares):
             await refuse_without_static(self._programs.control, self._root)
 
     async def share(self, gpu: Gpu, place: Instance | None, shares: tuple[Share, ...]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,28 +36,12 @@ from partitioner.partition import PartitionKind, partitions_of
 from partitioner.simulated.mps_chunks import INVALID, Chunks
 from partitioner.simulated.mps_state import DEFAULT, MpsState, SharedLimits
 from partitioner.simulated.mps_texts import FAULT_COMMAND, legacy
-from tests.partitioner.test_mps_contract import CLIENT, DEVICE, PROBE, STAND_IN
-from tests.partitioner.test_mps_places import GIB, GPU, HALF, NOTE
+from tests.partitioner.test_mps_contract import DEVICE, PROBE
+from tests.partitioner.test_mps_places import GIB, GPU, HALF, NOTE, play, programs
 
 pytestmark = pytest.mark.timeout(300)
 WIDE, NARROW = Share(60 * GIB, None, "team-a", 96), Share(60 * GIB, None, "", 32)
 SIZES = ("--multiprocessors", f"{DEVICE}=132/8")
-
-
-def programs(*options: str) -> Programs:
-    control = (*STAND_IN, *(options or SIZES))
-    return Programs(look=CLIENT, control=control, prefix=(*CLIENT, "--"))
-
-
-def play(places: MpsPlaces, scenario: Callable[[], Awaitable[None]]) -> None:
-    async def run() -> None:
-        try:
-            async with asyncio.timeout(240):
-                await scenario()
-        finally:
-            await places.stop()
-
-    asyncio.run(run())
 
 
 async def seen_by(places: MpsPlaces, partition: str) -> str:
@@ -150,10 +133,10 @@ def test_a_sight_must_be_exact(multiprocessors: int, well: bool) -> None:
 
 
 def test_shares_have_their_own_multiprocessors_and_nobody_comes_in_without(tmp_path: Path) -> None:
-    places = MpsPlaces(tmp_path, programs(), "boot")
+    places = MpsPlaces(tmp_path, programs(*SIZES), "boot")
 
     async def scenario() -> None:
-        await places.refuse_missing(static=True)
+        await places.refuse_missing([WIDE])
         await places.share(GPU, None, (WIDE, NARROW))
         (noted,) = places.noted()
         assert noted.static
@@ -237,9 +220,9 @@ def test_an_older_program_is_refused_by_its_version(tmp_path: Path) -> None:
     places = MpsPlaces(tmp_path, programs("--version", "13000", *SIZES), "boot")
 
     async def scenario() -> None:
-        await places.refuse_missing(static=False)
+        await places.refuse_missing([HALF])
         with pytest.raises(MpsUnavailableError, match=r"13010.*driver 590.*is 13000"):
-            await places.refuse_missing(static=True)
+            await places.refuse_missing([WIDE])
 
     play(places, scenario)
 
@@ -269,7 +252,7 @@ def test_the_drivers_own_program_does_the_same(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         try:
-            await places.refuse_missing(static=True)
+            await places.refuse_missing([WIDE])
         except MpsUnavailableError as error:
             pytest.skip(str(error))
         try:

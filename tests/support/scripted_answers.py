@@ -34,6 +34,18 @@ if TYPE_CHECKING:
     from tests.support.scripted_node import ScriptedNode
 
 
+def add_services(server: Any, node: ScriptedNode) -> None:
+    """Have a grpc server answer for the node."""
+    node_pb2_grpc.add_NodeServiceServicer_to_server(NodeAnswers(node), server)
+    doctor_pb2_grpc.add_DoctorServiceServicer_to_server(DoctorAnswers(node), server)
+    partition_pb2_grpc.add_PartitionServiceServicer_to_server(PartitionAnswers(node), server)
+    placement_pb2_grpc.add_PlacementServiceServicer_to_server(PlacementAnswers(node), server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelAnswers(node), server)
+    simulation_pb2_grpc.add_SimulationServiceServicer_to_server(SimulationAnswers(node), server)
+    watch_pb2_grpc.add_WatchServiceServicer_to_server(WatchAnswers(node), server)
+    operations_pb2_grpc.add_OperationsServicer_to_server(OperationAnswers(node), server)
+
+
 class Answers:
     def __init__(self, node: ScriptedNode) -> None:
         self.node = node

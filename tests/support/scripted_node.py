@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.longrunning import operations_pb2_grpc
 from google.longrunning.operations_proto_pb2 import Operation
 from google.protobuf.message import Message
 from grpc_status import rpc_status
@@ -22,21 +21,14 @@ from hotbay.reasons import Reason
 from hotbay.v1 import (
     common_pb2,
     doctor_pb2,
-    doctor_pb2_grpc,
     model_pb2,
-    model_pb2_grpc,
     node_pb2,
-    node_pb2_grpc,
     partition_pb2,
-    partition_pb2_grpc,
     placement_pb2,
-    placement_pb2_grpc,
-    simulation_pb2_grpc,
     watch_pb2,
-    watch_pb2_grpc,
 )
 
-from tests.support import scripted_answers as answers
+from tests.support.scripted_answers import add_services
 from tests.support.scripted_values import GIB, PARTITION, Refusal, packed, version
 
 
@@ -108,24 +100,7 @@ class ScriptedNode:
 
     def start(self) -> None:
         self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=16))
-        node_pb2_grpc.add_NodeServiceServicer_to_server(answers.NodeAnswers(self), self._server)
-        doctor_pb2_grpc.add_DoctorServiceServicer_to_server(
-            answers.DoctorAnswers(self), self._server
-        )
-        partition_pb2_grpc.add_PartitionServiceServicer_to_server(
-            answers.PartitionAnswers(self), self._server
-        )
-        placement_pb2_grpc.add_PlacementServiceServicer_to_server(
-            answers.PlacementAnswers(self), self._server
-        )
-        model_pb2_grpc.add_ModelServiceServicer_to_server(answers.ModelAnswers(self), self._server)
-        simulation_pb2_grpc.add_SimulationServiceServicer_to_server(
-            answers.SimulationAnswers(self), self._server
-        )
-        watch_pb2_grpc.add_WatchServiceServicer_to_server(answers.WatchAnswers(self), self._server)
-        operations_pb2_grpc.add_OperationsServicer_to_server(
-            answers.OperationAnswers(self), self._server
-        )
+        add_services(self._server, self)
         assert self._server.add_insecure_port(self.endpoint)
         self._server.start()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from daemon.control.actions.bring_back import BringBack
@@ -74,7 +74,7 @@ class Shared(Sharing, Protocol):
     """The places under MPS, and the notes of them."""
 
     def noted(self) -> tuple[SharedPlace, ...]: ...
-    async def refuse_missing(self, *, static: bool) -> None: ...
+    async def refuse_missing(self, shares: Collection[layout.Share]) -> None: ...
 
 
 class LayoutChanges:
@@ -153,9 +153,7 @@ class LayoutChanges:
         change = change_of(plan, states, operation, boot_id())
         try:
             divided = [each for gpu in change.gpus for each in gpu.after.divided]
-            if divided:
-                static = any(share.sm_count for each in divided for share in each.shares)
-                await self._sharing.refuse_missing(static=static)
+            await self._sharing.refuse_missing([one for each in divided for one in each.shares])
             if intent.force:
                 return plan, change, await self._look(change, intent, self._own_pids())
             await self._executor.refuse_held(change, self._own_pids())

@@ -13,12 +13,9 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
 
 from engine.device_stepper import DeviceStepper
 from engine.engine import Engine
-from engine.errors import GraphChanged
-from engine.graphs import buckets_up_to
 from engine.limits import EngineLimits
 from engine.link.tokens import Finish, Output, Sampling
 from engine.recorded_graphs import RecordedGraphs
@@ -373,32 +370,3 @@ def test_room_is_made_beside_those_that_are_penalised_already() -> None:
     for request, outputs in run(engine).items():
         found[request] = found.get(request, []) + outputs
     assert [tokens_of(found[index]) for index in range(3)] == wanted
-
-
-def test_a_graph_whose_memory_moved_is_found() -> None:
-    memory = {"kept": torch.ones(4)}
-    total = torch.zeros(4)
-
-    def work() -> None:
-        total.copy_(memory["kept"] * 2)
-
-    graph = RecordedGraphs().capture(work)
-    graph.replay()
-    memory["kept"] = memory["kept"].clone()
-    with pytest.raises(GraphChanged, match="operation 0"):
-        graph.replay()
-
-
-def test_a_graph_that_comes_back_to_the_host_is_refused() -> None:
-    value, kept = torch.ones(4), []
-    with pytest.raises(GraphChanged, match="waits"):
-        RecordedGraphs().capture(lambda: print(float(value.sum()))).replay()
-    with pytest.raises(GraphChanged, match="kept"):
-        RecordedGraphs().capture(lambda: kept.append(value * 2)).replay()
-
-
-def test_buckets() -> None:
-    assert buckets_up_to(1) == (1,)
-    assert buckets_up_to(3) == (1, 2, 4)
-    assert buckets_up_to(20) == (1, 2, 4, 8, 16, 24)
-    assert buckets_up_to(4096)[-1] == 256
