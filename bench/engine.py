@@ -1,14 +1,16 @@
 """Tokens per second of the engine beside transformers' continuous batching, in one run.
 
     python -m bench.engine [--output bench/results/engine.json]
-    python -m bench.engine --dtype bfloat16                     where that is an instruction
+    python -m bench.engine --dtype float32 [--output bench/results/engine-float32.json]
 
-Both compute the same thing: a 28M-parameter Llama with random weights, 32 greedy requests at once.
-The engine's KV memory is there before, as a worker's is. transformers gets each attention, page
-size and step size that runs on a processor; the best of them goes on to the rounds, which alternate
-between the two. The engine is judged by its best round, transformers by its best run of all, so
-that what else the machine does weighs little. Every round's tokens are compared, and in float32
-must be equal: bfloat16 rounds by more than what lies between some tokens.
+Both compute the same thing in the same dtype, that of `[worker] dtype = "auto"` unless it is named:
+a 28M-parameter Llama with random weights, 32 greedy requests at once. The engine's KV memory is
+there before, as a worker's is. transformers gets each attention, page size and step size that runs
+on a processor; the best of them goes on to the rounds, which alternate between the two. The engine
+is judged by its best round, transformers by its best run of all, so that what else the machine does
+weighs little. Every round's tokens are compared. In float32 they must be equal; bfloat16 rounds by
+more than what lies between some tokens, so there no token may be farther than GAP_MAX below the one
+that transformers finds best in float32, with the same weights and the same tokens before it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from bench.results import Figure, report
+from daemon.control.processor import computes_bfloat16
 from engine.engine import Engine
 from engine.kv_space import KvSpace, PlainKvSpace
 from engine.limits import EngineLimits
@@ -34,6 +37,8 @@ from engine.models.layout import image_recipes
 from engine.models.spec import ModelSpec, Rope
 
 REACH = 5.0
+GAP_MAX = 0.5
+"""Between logits whose standard deviation is 1.36; bfloat16 moves either of two by up to 0.4."""
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 8192, 512, 1408, 8, 8, 4
 CONTEXT_TOKENS = 1024
 PAGE_BYTES = 2 << 20
@@ -176,6 +181,34 @@ def choose_peer(
     return best, rates
 
 
+def gaps(model: Any, prompts: Tokens, tokens: Tokens) -> torch.Tensor:
+    """How far each token's logit is below the best, as `model` in float32 has them, [tokens]."""
+    found = []
+    with torch.inference_mode():
+        for prompt, drawn in zip(prompts, tokens, strict=True):
+            inputs = torch.tensor([prompt + drawn[:-1]])
+            logits = model(inputs).logits[0, len(prompt) - 1 :]
+            chosen = logits.gather(1, torch.tensor(drawn)[:, None])[:, 0]
+            found.append(logits.amax(dim=1) - chosen)
+    return torch.cat(found)
+
+
+def likeness(
+    model: Any, prompts: Tokens, pairs: Sequence[tuple[Timing, Timing]], dtype: str
+) -> Figure:
+    """Whether both sides said the same, as far as the dtype lets them."""
+    if dtype == "float32":
+        equal, rounds = sum(own.tokens == peer.tokens for own, peer in pairs), len(pairs)
+        what = "rounds with equal tokens"
+        return Figure(what, f"{equal} of {rounds}", f"{rounds} of {rounds}", equal == rounds)
+    exact = model.float()
+    own, peer = (gaps(exact, prompts, side.tokens) for side in pairs[-1])
+    beyond = int((own > GAP_MAX).sum())
+    farthest = f"at most {own.max():.2f}, generate_batch's {peer.max():.2f}"
+    what = f"tokens more than {GAP_MAX} below the best logit in float32"
+    return Figure(what, f"{beyond} of {len(own)}; {farthest}", "0", beyond == 0)
+
+
 def measure(run: Callable[[], Timing], others: Callable[[], Timing], rounds: int) -> list[Any]:
     """Alternate between two sides; a pair of timings for each round."""
     return [(run(), others()) for _ in range(rounds)]
@@ -190,19 +223,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tries", type=int, default=2, help="of each configuration of the peer")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "auto"), default="auto")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if computes_bfloat16() else "float32"
     torch.set_num_threads(options.threads)
-    model, spec, weights = build(options.seed, options.dtype)
+    model, spec, weights = build(options.seed, dtype)
     generator = torch.Generator().manual_seed(options.seed)
     shape = (options.requests, options.prompt_tokens)
     prompts: Tokens = torch.randint(0, VOCABULARY, shape, generator=generator).tolist()
     space = PlainKvSpace(PAGE_BYTES, KV_PAGES)
 
     def run_own() -> Timing:
-        return run_engine(spec, weights, space, prompts, options.new_tokens, options.dtype)
+        return run_engine(spec, weights, space, prompts, options.new_tokens, dtype)
 
     run_own()  # warm, as the peer is by its choice
     choice, rates = choose_peer(model, prompts, options.new_tokens, options.tries)
@@ -211,13 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda: run_peer(model, prompts, options.new_tokens, **choice),
         options.rounds,
     )
-    equal = sum(own.tokens == peer.tokens for own, peer in pairs)
     own, peer = (max(side.rate for side in sides) for sides in zip(*pairs, strict=True))
     peer = max(peer, *rates.values())
     ratios = [ours.rate / theirs.rate for ours, theirs in pairs]
     requests = f"{options.requests} greedy requests"
     met = report(
-        "engine",
+        f"engine in {dtype}",
         [
             Figure(f"engine, {requests}", f"{own:.0f} tokens/s"),
             Figure(f"generate_batch, {requests}", f"{peer:.0f} tokens/s"),
@@ -228,17 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 own / peer >= REACH,
             ),
             Figure("the same, median of rounds", f"{statistics.median(ratios):.2f} x"),
-            Figure(
-                "rounds with equal tokens",
-                f"{equal} of {len(pairs)}",
-                f"{len(pairs)}" if options.dtype == "float32" else "",
-                equal == len(pairs) if options.dtype == "float32" else None,
-            ),
+            likeness(model, prompts, pairs, dtype),
         ],
         parameters={
             "parameters": spec.parameters,
             "shape": spec.to_dict(),
-            "dtype": options.dtype,
+            "dtype": dtype,
             "requests": options.requests,
             "prompt_tokens": options.prompt_tokens,
             "new_tokens": options.new_tokens,

@@ -1,0 +1,1 @@
+"""The operations in C++ for the processor: what torch does in several passes, in one."""
