@@ -3,7 +3,7 @@
     python -m bench.engine [--output bench/results/engine.json]
     python -m bench.engine --dtype float32 [--output bench/results/engine-float32.json]
 
-Both compute the same thing in the same dtype, that of `[worker] dtype = "auto"` unless it is named:
+Both compute the same thing in the same dtype, a worker's by default unless it is named:
 a 28M-parameter Llama with random weights, 32 greedy requests at once. The engine's KV memory is
 there before, as a worker's is. transformers gets each attention, page size and step size that runs
 on a processor; the best of them goes on to the rounds, which alternate between the two. The engine

@@ -79,7 +79,7 @@ class HostStore(Section):
     shmem_enabled is `advise` or `always`; "transparent" leaves the pools to others; "off" asks for
     neither.
 
-    With `packed`, images of worker.dtype bfloat16 are kept packed: some 0.7 of the bytes in the
+    With `packed`, images in bfloat16 (worker.dtype) are kept packed: some 0.7 of the bytes in the
     store, on the link and in the image cache, unpacked on the device. While one is built it counts
     as unpacked. It pays where unpacking is faster than the link, which is for a GPU to show; a host
     device unpacks less than 1 GB/s.
@@ -130,9 +130,10 @@ class Models(Section):
 class Worker(Section):
     """What every worker is started with.
 
-    `threads` 0 shares the host's cores among the workers. `dtype` "auto" is bfloat16 where that is
-    faster, on a GPU and on a processor that has instructions for it, else float32; the loaded
-    configuration has the one that was found. `kv_dtype` "fp8" stores the keys and values of every
+    `threads` 0 shares the host's cores among the workers. `dtype` is what weights are cast to and
+    computed in: "auto" is bfloat16 where that is faster, on a GPU and on a processor that has
+    instructions for it, else float32; the loaded configuration has the one that was found. Where
+    answers must be the same on unlike hosts, name it. `kv_dtype` "fp8" stores the keys and values of every
     model in one byte each, with an error of some 2 per cent in each, so that as much memory holds
     twice as much context, or more; a GPU must be of compute capability 8.9 for it. "auto" stores
     them as `dtype`. `memory_bytes` is what a simulated partition has; a real one has what its GPU
@@ -160,7 +161,7 @@ class Worker(Section):
     running_requests_max: Count = 64
     waiting_requests_max: Count = 1024
     context_tokens_max: Annotated[int, Field(ge=16, le=1 << 24)] = 8192
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     kv_dtype: Literal["auto", "fp8"] = "auto"
     link_bytes_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     prefix_cache: bool = True
@@ -273,6 +274,7 @@ class Config(Section):
     @property
     def image_dtype(self) -> str:
         """What builders make of weights."""
+        assert self.worker.dtype != "auto", "config_file.load says what it is"
         packed = self.host_store.packed and self.worker.dtype == "bfloat16"
         return PACKED_DTYPE if packed else self.worker.dtype
 

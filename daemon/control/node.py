@@ -222,9 +222,9 @@ class Node:
         self.world.store.close()
 
     async def _scan(self) -> None:
-        if self._config.node.repository:
-            changes = await self.world.registry.scan(Path(self._config.node.repository))
-            await self._journal.commit(changes)
+        repository = self._config.node.repository
+        changes = await self.world.registry.scan(Path(repository) if repository else None)
+        await self._journal.commit(changes)
 
     async def discover(self) -> tuple[Gpu, ...]:
         try:

@@ -37,6 +37,8 @@ class LocalNodeFailed(HotbayError):
 class LocalNode:
     """A daemon under `directory`; `config` is the configuration file's tables.
 
+    What is simulated computes in float32 unless `config` says otherwise ([worker] dtype): the
+    daemon's default follows from the host's processor, and answers are to be the same everywhere.
     `command` starts hotbayd; by default the one installed beside this Python.
     """
 
@@ -62,6 +64,8 @@ class LocalNode:
         node.setdefault("grpc", "127.0.0.1:0")
         if repository is not None:
             node.setdefault("repository", str(repository.resolve()))
+        if node["simulate"]:
+            self.config.setdefault("worker", {}).setdefault("dtype", "float32")
         self._process: subprocess.Popen[bytes] | None = None
         self._left_running = False
         self.endpoint = f"unix:{node['runtime_dir']}/control.sock"

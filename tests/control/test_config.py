@@ -168,11 +168,22 @@ def test_the_dtype_follows_the_processors_instructions_if_it_may(
     cpu_info.write_text(listed)
     assert computes_bfloat16(cpu_info) is found
     monkeypatch.setattr(config_file, "computes_bfloat16", lambda: found)
-    text = '[worker]\ndtype = "auto"\n'
-    simulated = read(tmp_path, text + '[node]\nsimulate = "H100x1"\n')
-    assert simulated.worker.dtype == ("bfloat16" if found else "float32")
-    assert read(tmp_path, text).worker.dtype == "bfloat16"
-    assert read(tmp_path, "").worker.dtype == "float32"
+    simulated = '[node]\nsimulate = "H100x1"\n'
+    for text in ("", '[worker]\ndtype = "auto"\n'):
+        on_host = read(tmp_path, text + simulated)
+        assert on_host.image_dtype == on_host.worker.dtype == ("bfloat16" if found else "float32")
+        assert read(tmp_path, text).worker.dtype == "bfloat16"
+    assert read(tmp_path, '[worker]\ndtype = "float32"\n').worker.dtype == "float32"
+
+
+def test_nothing_is_made_before_the_dtype_was_found() -> None:
+    with pytest.raises(AssertionError, match=r"config_file\.load"):
+        _ = Config().image_dtype
+
+
+def test_what_is_shown_names_the_dtype_that_was_found(tmp_path: Path) -> None:
+    shown = as_toml(read(tmp_path, ""))
+    assert 'dtype = "bfloat16"\nkv_dtype = "auto"' in shown
 
 
 def test_a_processor_that_says_nothing_has_nothing(tmp_path: Path) -> None:

@@ -64,6 +64,39 @@ def test_restarted_daemon_adopts_and_reads_nothing_from_disk(tmp_path: Path) -> 
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("source", ["repository", "api"])
+def test_another_dtype_lets_serve_what_serves_and_is_that_of_what_comes_in(
+    tmp_path: Path, source: str
+) -> None:
+    async def scenario() -> None:
+        async with staged(tmp_path, "prose", "code", settings=QUIET) as stage:
+            world, registry = stage.node.world, stage.node.world.registry
+            key = "code@1"
+            if source == "api":
+                registered = await registry.register("also", stage.repository / "code" / "1", 0)
+                await stage.node._journal.commit([registry.put(registered)])
+                key = registered.key
+            await run(stage, Kind.LOAD, incoming=key)
+            await run(stage, Kind.LOAD, incoming="prose", standby=True)
+            old = registry[key].digest
+            assert world.store.manifest(old).dtype == "float32"
+            await stage.kill()
+            stage.dtype = "bfloat16"
+            stage.builders.builds.clear()
+            world = (await stage.start()).world
+            assert serving(stage) == {key: "gpu0"}
+            assert (stage.builders.builds, world.registry[key].digest) == ([], "")
+            for outgoing, incoming in ((key, "prose@1"), ("prose@1", key)):
+                done = await run(stage, Kind.SWAP, outgoing=(outgoing,), incoming=incoming)
+                assert done.failure is None
+                digest = stage.worker.engines[incoming].digest
+                assert world.registry[incoming].digest == digest != old
+                assert world.store.manifest(digest).dtype == "bfloat16"
+            assert len(stage.builders.builds) == 2
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("ends", ["committed", "rolled back"])
 def test_exchange_that_goes_on_without_hotbayd_is_followed_to_its_end(
     tmp_path: Path, ends: str

@@ -83,6 +83,41 @@ def test_dtype_is_part_of_what_was_read(tmp_path: Path) -> None:
     other = Registry(builders, "bfloat16", 100)
     other.restore(Contents(versions=tuple(first)))
     assert len(scan(other, tmp_path)) == 1
+    assert scan(other, tmp_path) == []
+
+
+def test_what_was_registered_is_read_again_for_another_dtype(tmp_path: Path) -> None:
+    registry, builders = make()
+    directory = checkpoint(tmp_path, "prose")
+    registry.put(asyncio.run(registry.register("prose", directory, 0)))
+    registry.learn_digest("prose@1", "of float32")
+    contents = Contents(versions=tuple(registry.versions()))
+    for repository in (None, tmp_path / "empty"):
+        if repository is not None:
+            repository.mkdir()
+        other = Registry(builders, "bfloat16", 100)
+        other.restore(contents)
+        (again,) = records(asyncio.run(other.scan(repository)))
+        assert (again.key, again.source, again.digest) == ("prose@1", "api", "")
+        before = contents.versions[0].facts
+        assert again.facts is not None
+        assert before is not None
+        assert again.facts.weights_bytes * 2 == before.weights_bytes
+        assert asyncio.run(other.register("prose", directory, 1)) is again
+        assert records(asyncio.run(other.scan(repository))) == []
+
+
+def test_what_was_registered_and_cannot_be_read_now_stays_as_it_was(tmp_path: Path) -> None:
+    registry, builders = make()
+    directory = checkpoint(tmp_path, "prose")
+    registry.put(asyncio.run(registry.register("prose", directory, 0)))
+    registry.learn_digest("prose@1", "d")
+    known = registry["prose@1"]
+    (directory / "bad").touch()
+    other = Registry(builders, "bfloat16", 100)
+    other.restore(Contents(versions=(known,)))
+    assert asyncio.run(other.scan(None)) == []
+    assert other["prose@1"] == known
 
 
 def test_bad_checkpoints_are_listed_with_the_reason_and_gone_ones_too(tmp_path: Path) -> None:

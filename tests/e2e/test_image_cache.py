@@ -54,6 +54,10 @@ def stopped(node: LocalNode) -> LocalNode:
     return LocalNode(node.directory, config=node.config)
 
 
+def stored_bytes(node: LocalNode) -> list[int]:
+    return sorted(each.size_bytes for each in node.client.node().host_store.images)
+
+
 def alter(path: Path, offset: int, count: int) -> None:
     """Overwrite bytes in place, and put back what times can be put back."""
     status = path.stat()
@@ -97,3 +101,37 @@ def test_weights_come_back_from_disk_unless_something_changed(
     with stopped(node) as node:
         assert ask(node) != expected
         assert (loads(node, "checkpoint"), loads(node, "cache")) == (1, 0)
+
+
+def test_a_node_that_starts_with_another_dtype_makes_its_images_anew(
+    start_node: NodeMaker, oracle: Oracle
+) -> None:
+    expected = oracle.answer("prose", PROMPT, TOKENS)
+    node = start_node(
+        config={"image_cache": {"budget_bytes": CACHE_BYTES, "keep": "all"}}, load=("prose",)
+    )
+    written(node, 1)
+    (wide,) = stored_bytes(node)
+
+    # What serves goes on as it is under another daemon, and is made anew when it comes in again.
+    node.kill()
+    node.config["worker"]["dtype"] = "bfloat16"
+    node.start()
+    assert ask(node) == expected
+    assert stored_bytes(node) == [wide]
+    node.client.wait(node.client.unload("prose"))
+    node.client.wait(node.client.load("prose"))
+    assert (loads(node, "checkpoint"), loads(node, "cache")) == (1, 0)
+    narrow = stored_bytes(node)[0]
+    assert wide * 0.4 < narrow < wide * 0.6
+    assert ask(node)
+    written(node, 2)
+
+    # With nothing in memory each is read back by its own dtype.
+    for dtype, size_bytes in (("bfloat16", narrow), ("float32", wide)):
+        node.config["worker"]["dtype"] = dtype
+        with stopped(node) as node:
+            answer = ask(node)
+            assert answer == expected if dtype == "float32" else answer
+            assert (loads(node, "checkpoint"), loads(node, "cache")) == (0, 1)
+            assert stored_bytes(node) == [size_bytes]

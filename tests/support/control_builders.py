@@ -23,7 +23,8 @@ from swap.writing import write_manifest
 
 @dataclass
 class Builders:
-    """Image builders that write zeros: a real, sealed image of `weights_bytes` for each model."""
+    """Image builders that write zeros: a real, sealed image of `weights_bytes` for each model, or
+    of half as many in a dtype of two bytes."""
 
     weights_bytes: int = 1 << 20
     builds: list[str] = field(default_factory=list)
@@ -37,6 +38,8 @@ class Builders:
     touches: list[int] = field(default_factory=list)
     pause_touch: asyncio.Event | None = None
     refuse_touch: CallRefused | None = None
+    dtype: str = "float32"
+    """Of the checkpoint that was inspected last."""
 
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncIterator[Builders]:
@@ -46,13 +49,13 @@ class Builders:
         size_path = directory / "bytes"
         count = int(size_path.read_text()) if size_path.exists() else self.weights_bytes
         recipe = TensorRecipe("w", 0, (), (count // 4,))
-        return plan_image([recipe], "float32", {"directory": str(directory)})
+        return plan_image([recipe], self.dtype, {"directory": str(directory)})
 
     async def inspect(self, directory: Path, dtype: str) -> Inspected:
         self.inspections.append(directory.parent.name)
         if (directory / "bad").exists():
             raise CallRefused("tensor x is missing", reason="CHECKPOINT_INVALID")
-        self._directory = directory
+        self._directory, self.dtype = directory, dtype
         layout = self.layout(directory)
         return Inspected(
             call=0,

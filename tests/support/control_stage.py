@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Literal
 
 from daemon.control.config import Config
 from daemon.control.config_file import load
@@ -147,6 +148,8 @@ class Theatre:
         self.repository = root / "repository"
         self.repository.mkdir()
         self.settings = settings
+        self.dtype: Literal["float32", "bfloat16"] = "float32"
+        """By default it would be what suits the processor that tests run on."""
         self.node: Node
         self.board = SimulatedNode(parse_simulate(f"h200x{gpus}"))
         """Outlives the node, as a real board does."""
@@ -183,7 +186,9 @@ class Theatre:
             "repository": str(self.repository),
             "simulate": f"h200x{len(self.board.gpus)}",
         }
-        return load(path, overrides, {})
+        config = load(path, overrides, {})
+        worker = config.worker.model_copy(update={"dtype": self.dtype})
+        return config.model_copy(update={"worker": worker})
 
     async def start(self) -> Node:
         config = self.config()

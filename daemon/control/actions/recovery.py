@@ -102,7 +102,9 @@ class Recovery:
         world, partition = self._world, client.partition
         changes: list[Put | Drop] = []
         for engine in client.state.engines:
-            changes += world.registry.learn_digest(engine.model, engine.digest)
+            # One of another dtype serves on; when the model comes in again, it is built anew.
+            if not world.outdated(engine.digest):
+                changes += world.registry.learn_digest(engine.model, engine.digest)
             if not on_device(engine) or world.registry.get(engine.model) is None:
                 continue
             before = world.placements.get(engine.model)

@@ -52,11 +52,12 @@ Inspectors = Callable[[], AbstractAsyncContextManager[Inspector]]
 
 @dataclass(frozen=True)
 class Found:
-    """A version's directory in the repository."""
+    """A version's directory, in the repository or registered."""
 
     name: str
     version: int
     directory: Path
+    source: str = "repository"
 
 
 class Registry:
@@ -159,17 +160,21 @@ class Registry:
             return []
         return [self.put(msgspec.structs.replace(version, canary=canary))]
 
-    async def scan(self, repository: Path) -> list[Put]:
+    async def scan(self, repository: Path | None) -> list[Put]:
         """Bring the table up to date with DIR/name/version/. Bad checkpoints are listed as FAILED.
 
-        Only new and changed directories are read.
+        Only new and changed directories are read, and all whose weights are to have another dtype
+        than before. Registered ones are, too; where one cannot be read, its version stays as it is:
+        its image may be in memory still.
         """
-        found, strange = await asyncio.to_thread(_list, repository)
-        for path in strange:
-            log.warning("%s is not name/version/ with a numbered version: ignored", path)
-        changes = [self.put(gone) for gone in self._gone(found)]
+        found, changes = [], []
+        if repository is not None:
+            found, strange = await asyncio.to_thread(_list, repository)
+            for path in strange:
+                log.warning("%s is not name/version/ with a numbered version: ignored", path)
+            changes = [self.put(gone) for gone in self._gone(found)]
         stale: list[tuple[Found, str]] = []
-        for item in found:
+        for item in (*found, *self._registered(found)):
             print_ = await asyncio.to_thread(fingerprint, item.directory, self._dtype)
             known = self._versions.get(f"{item.name}@{item.version}")
             if known is None or known.fingerprint != print_:
@@ -179,7 +184,8 @@ class Registry:
                 while stale:
                     item, print_ = stale.pop(0)
                     version = await self._inspect(inspector, item, print_)
-                    changes.append(self.put(version))
+                    if version.failure is None or item.source == "repository":
+                        changes.append(self.put(version))
                     if not version.fingerprint:
                         break  # the inspector died of it: the others get a new one
         return changes
@@ -207,10 +213,11 @@ class Registry:
                 )
         number = version or max((each.version for each in present), default=0) + 1
         async with self._inspectors() as inspector:
-            inspected = await self._inspect(inspector, Found(name, number, directory), print_)
+            item = Found(name, number, directory, "api")
+            inspected = await self._inspect(inspector, item, print_)
         if inspected.failure is not None:
             raise Failed(inspected.failure)
-        return msgspec.structs.replace(inspected, source="api")
+        return inspected
 
     def check(self, name: str, directory: Path, version: int) -> None:
         """Raises Refused (INVALID_ARGUMENT or QUEUE_FULL) naming the field."""
@@ -263,7 +270,7 @@ class Registry:
             name=item.name,
             version=item.version,
             directory=str(item.directory),
-            source="repository",
+            source=item.source,
             created_s=time.time(),
             fingerprint=print_,
             facts=facts,
@@ -285,6 +292,14 @@ class Registry:
                 if each.failure != failure:
                     gone.append(msgspec.structs.replace(each, failure=failure, fingerprint=""))
         return gone
+
+    def _registered(self, found: Iterable[Found]) -> list[Found]:
+        present = {(item.name, item.version) for item in found}
+        return [
+            Found(each.name, each.version, Path(each.directory), each.source)
+            for each in self.versions()
+            if each.source == "api" and (each.name, each.version) not in present
+        ]
 
     def _not_found(self, name: str) -> Refused:
         near = difflib.get_close_matches(name, self.names(), n=SUGGESTIONS_MAX, cutoff=0.5)

@@ -26,6 +26,7 @@ from daemon.control.state.parking import Holdings
 from daemon.control.state.planning import PartitionView, Resident, Staged, resident
 from daemon.control.state.records import Failure, LinkRate, Placement, Version
 from daemon.control.state.registry import Registry
+from engine.link.build import PACKED_DTYPE
 from engine.link.control import EngineState, EngineStatus
 from engine.link.routes import ModelDemand, WorkerAddress
 from partitioner.cutting import Owned
@@ -171,6 +172,14 @@ class World:
             for engine in client.state.engines
             if on_device(engine) or engine.running or engine.waiting
         }
+
+    def outdated(self, digest: str) -> bool:
+        """Whether an image in the store has another dtype than builders make now."""
+        if digest not in self.store:
+            return False
+        manifest = self.store.manifest(digest)
+        made = PACKED_DTYPE if manifest.packed else manifest.dtype
+        return made != self.config.image_dtype
 
     # Models.
 
