@@ -133,13 +133,13 @@ class Worker(Section):
     `threads` 0 shares the host's cores among the workers. `dtype` is what weights are cast to and
     computed in: "auto" is bfloat16 where that is faster, on a GPU and on a processor that has
     instructions for it, else float32; the loaded configuration has the one that was found. Where
-    answers must be the same on unlike hosts, name it. `kv_dtype` "fp8" stores the keys and values of every
-    model in one byte each, with an error of some 2 per cent in each, so that as much memory holds
-    twice as much context, or more; a GPU must be of compute capability 8.9 for it. "auto" stores
-    them as `dtype`. `memory_bytes` is what a simulated partition has; a real one has what its GPU
-    says, of which `workspace_bytes` are left to CUDA and to what steps compute in. `page_bytes` 0
-    is what suits the device: 2 MiB on the host, 64 MiB on a GPU. `link_bytes_per_s`, for simulated
-    partitions, 0 does not throttle copies.
+    answers must be the same on unlike hosts, name it. `kv_dtype` "fp8" stores the keys and values
+    of every model in one byte each, with an error of some 2 per cent in each, so that as much
+    memory holds twice as much context, or more; a GPU must be of compute capability 8.9 for it.
+    "auto" stores them as `dtype`. `memory_bytes` is what a simulated partition has; a real one has
+    what its GPU says, of which `workspace_bytes` are left to CUDA and to what steps compute in.
+    `page_bytes` 0 is what suits the device: 2 MiB on the host, 64 MiB on a GPU. `link_bytes_per_s`,
+    for simulated partitions, 0 does not throttle copies.
     `prefix_cache` keeps the KV of prompts, in memory that nobody else wants, for requests that
     begin with the same tokens. `parking_bytes` is host memory for the KV of paused requests, taken
     as it is needed.
