@@ -167,7 +167,8 @@ class Registry:
         than before. Registered ones are, too; where one cannot be read, its version stays as it is:
         its image may be in memory still.
         """
-        found, changes = [], []
+        found: list[Found] = []
+        changes: list[Put] = []
         if repository is not None:
             found, strange = await asyncio.to_thread(_list, repository)
             for path in strange:
