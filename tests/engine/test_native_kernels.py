@@ -4,8 +4,11 @@ ones; and that what it computes for a token is the same bit for bit whatever is 
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +21,7 @@ import torch.nn.functional as functional
 from engine.kernels.choose import choose_kernels
 from engine.kernels.native.kernels import HEAD_DIMS, NativeKernels, computes
 from engine.kernels.native.library import levels_here, load
-from engine.kernels.native.products import FLOAT_ROWS_MAX, HALF_ROWS_MAX, Products
+from engine.kernels.native.products import LIBRARYS_ROWS, Products
 from engine.kernels.protocol import Span
 from engine.kernels.reference import dense
 from engine.kernels.reference.kernels import ReferenceKernels
@@ -250,8 +253,8 @@ def test_products_of_any_shape(
     """By each number of rows that is computed another way; none at all among them."""
     linear = Products(loaded, dtype, strict=False).linear
     weight, bias = torch.randn(outs, width).to(dtype), torch.randn(outs).to(dtype)
-    rows_max = FLOAT_ROWS_MAX if dtype is torch.float32 else HALF_ROWS_MAX
-    for count in (0, 1, 15, 16, 17, 32, 33, 63, rows_max, rows_max + 1):
+    bounds = LIBRARYS_ROWS[dtype]
+    for count in (0, 1, 7, 8, 15, 16, 17, 32, 33, 63, bounds[-1], bounds.stop):
         rows = torch.randn(count, width).to(dtype)
         exact = rows.double() @ weight.double().T
         for added in (None, bias):
@@ -270,7 +273,7 @@ def test_strict_products_are_the_same_bits_for_any_number_of_rows(
     linear = Products(loaded, dtype, strict=True).linear
     rows, weight = torch.randn(400, width).to(dtype), torch.randn(outs, width).to(dtype)
     whole = linear(rows, weight)
-    for first, count in ((0, 1), (3, 2), (5, 16), (9, 17), (1, 60), (30, 301)):
+    for first, count in ((0, 0), (0, 1), (3, 2), (5, 16), (9, 17), (1, 60), (30, 301)):
         part = linear(rows[first : first + count], weight)
         assert torch.equal(part, whole[first : first + count])
 
@@ -293,6 +296,45 @@ def test_threads_change_no_bit(loaded: ctypes.CDLL, threads: int) -> None:
         torch.set_num_threads(before)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+THREADS_OF_ANOTHER = """
+import os, threading, torch
+from engine.kernels.native.kernels import NativeKernels
+from engine.kernels.protocol import Span
+from tests.engine.sequences import Sequences, make_spec
+
+def step():
+    threads.append(len(os.listdir("/proc/self/task")))
+    plan = stage.kernels.plan(spans, positions)
+    stage.kernels.attend(0, queries, plan)
+    threads.append(len(os.listdir("/proc/self/task")))
+
+threads = []
+torch.set_num_threads(1)
+stage = Sequences(make_spec(8, 2, 64), [200] * 8, 0.0, make=NativeKernels, page_bytes=1 << 18)
+spans = [Span(199, 1, table) for table in stage.tables]
+positions, queries = torch.full((8,), 199), torch.ones(8, 8, 64)
+stepping = threading.Thread(target=step)
+stepping.start()
+stepping.join()
+print(*threads)
+"""
+
+
+def test_it_takes_no_more_threads_than_torch_was_told() -> None:
+    """In a thread other than the one that told it, too."""
+    variables = {name: own for name, own in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS_OF_ANOTHER],
+        env=variables | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert after == before
 
 
 def test_what_it_does_not_compute_is_torchs() -> None:

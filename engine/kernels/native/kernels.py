@@ -96,6 +96,8 @@ class NativeKernels:
         self._products = Products(loaded, self._dtype, strict=strict)
 
     def plan(self, spans: Sequence[Span], positions: torch.Tensor) -> Plan:
+        # OpenMP wants to be told in each thread: this tells it here what torch was told elsewhere.
+        torch.get_num_threads()
         slots = self._layout.block_tokens
         self._kv.clear(entered_blocks(spans, slots))
         turned = angles(positions, self._frequencies, self._dtype)

@@ -46,7 +46,14 @@ def levels_here() -> tuple[str, ...]:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The best machine code for this processor; None where there is none."""
-    return next((found for level in levels_here() if (found := load(level)) is not None), None)
+    levels = levels_here()
+    found = next((found for level in levels if (found := load(level)) is not None), None)
+    if levels and found is None:
+        log.warning(
+            "Hotbay was installed without its operations for this processor, and torch computes "
+            "in their place, which is slower: have a C++ compiler there and install it again"
+        )
+    return found
 
 
 @functools.cache

@@ -13,12 +13,13 @@ import torch
 from engine.kernels.reference import dense
 from engine.kernels.strict import STRICT_ROWS, of_fixed_rows
 
-FLOAT_ROWS_MAX, HALF_ROWS_MAX = 64, 256
-"""Rows up to which a product is the library's. With more, a weight's bytes are not what it waits
-for, and oneDNN's is as fast. Measured over the products of a 28M model, whose weights come from
-memory, on one core of a Sapphire Rapids, the library's against oneDNN's, in ms: in float32 11.1 and
-14.7 for 8 rows, 15.1 and 19.1 for 32, 53.2 and 53.4 for 128; in bfloat16 2.8 and 4.3 for 1, 4.2 and
-6.0 for 32, 10.5 and 14.7 for 128, 35.9 and 31.0 for 512."""
+LIBRARYS_ROWS = {torch.float32: range(8, 65), torch.bfloat16: range(1, 257)}
+"""Numbers of rows for which a product is the library's, by dtype. With more, a weight's bytes are
+not what it waits for, and oneDNN's is as fast; with fewer in float32 they are all it waits for, and
+MKL reads them faster. Measured over the products of a 28M model, whose weights come from memory, on
+one core of a Sapphire Rapids, the library's against the faster of the two, in ms: in float32 10.1
+and 6.9 for 1 row, 10.1 and 13.3 for 8, 14.7 and 18.4 for 32, 54 and 51 for 128; in bfloat16 2.8 and
+4.3 for 1, 4.2 and 6.0 for 32, 10.5 and 14.7 for 128, 35.9 and 31.0 for 512."""
 PACKED_ROWS = 16
 """Rows are packed in so many; those that lack are zeros."""
 TILE_WIDTH, TILE_ROWS = 32, 16
@@ -30,7 +31,7 @@ class Products:
 
     def __init__(self, loaded: ctypes.CDLL, dtype: torch.dtype, *, strict: bool) -> None:
         self._half = dtype is torch.bfloat16
-        self._rows_max = HALF_ROWS_MAX if self._half else FLOAT_ROWS_MAX
+        self._rows = LIBRARYS_ROWS[dtype]
         self._strict = strict
         self._product = loaded.hotbay_linear_half if self._half else loaded.hotbay_linear_float
         self._usable = bool(
@@ -46,7 +47,7 @@ class Products:
         """As `Kernels.linear`."""
         count, (outs, width) = len(rows), weight.shape
         fits = not self._half or (width % TILE_WIDTH == 0 and outs % TILE_ROWS == 0)
-        if not (self._usable and fits and (self._strict or count <= self._rows_max)):
+        if not (self._usable and fits and (self._strict or count in self._rows)):
             return self._others(rows, weight, bias)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
