@@ -32,6 +32,7 @@ from swap.fake_driver import FakeDriver
 from swap.image import plan_image, segment_bytes
 from swap.image_check import verify_image
 from swap.segment import Segment
+from tests.support.descriptors import open_descriptors
 
 
 def test_device_costs_measures_everything_and_gives_all_back(tmp_path: Path) -> None:
@@ -182,9 +183,9 @@ def test_every_other_way_brings_the_same_weights_in() -> None:
         for one in built.manifest.tensors:
             assert ctypes.string_at(place + one.offset_bytes, one.size_bytes) == wanted[one.name]
     assert set(peers.seconds()) == set(peers.names)
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    descriptors = len(open_descriptors())
     peers.close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors - 1
+    assert len(open_descriptors()) == descriptors - 1
 
 
 def test_a_copy_to_hold_swaps_against_brings_every_byte() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from engine.link.errors import CallTimedOut, LinkClosed, LinkError
 from engine.link.peer import Peer
+from tests.support.descriptors import open_descriptors
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):
@@ -78,9 +79,9 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
     with asyncio.Runner() as runner:
         runner.get_loop()
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(open_descriptors())
         runner.run(bounded())
-        assert len(os.listdir("/proc/self/fd")) <= before
+        assert len(open_descriptors()) <= before
 
 
 def test_replies_find_their_calls_in_any_order() -> None:

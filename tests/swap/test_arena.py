@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from swap.arena import PagePool, Region
 from swap.errors import DeviceError, DeviceMisuse, InsufficientDeviceMemory
 from swap.virtual_memory import view_of
+from tests.support.descriptors import open_descriptors
 
 PAGE = 2 << 20
 
@@ -165,14 +165,14 @@ def test_a_thousand_cycles_leave_nothing_behind(make_device):
     for _ in range(20):
         cycle()
     before = device.statistics()
-    descriptors, mappings = len(os.listdir("/proc/self/fd")), _mappings()
+    descriptors, mappings = len(open_descriptors()), _mappings()
     for _ in range(1000):
         cycle()
     after = device.statistics()
     assert (after.pages_mapped, after.reservations, after.pages_present) == (0, 0, 16)
     assert after.map_calls > before.map_calls
     assert pool.free_pages == 16
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(open_descriptors()) == descriptors
     # The interpreter's own allocator may come and go by a mapping or two; a leak is thousands.
     assert _mappings() <= mappings + 4
 

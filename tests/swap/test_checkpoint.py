@@ -18,6 +18,7 @@ from safetensors.torch import save_file as save_torch
 import swap.checkpoint
 from swap.checkpoint import Checkpoint
 from swap.errors import CheckpointInvalid
+from tests.support.descriptors import open_descriptors
 
 INDEX = "model.safetensors.index.json"
 
@@ -129,13 +130,13 @@ def test_downloads_kept_as_links_to_blobs_are_read(checkpoint_directory, tmp_pat
 )
 def test_an_index_that_lies_is_refused(sharded, change, says):
     directory, _ = sharded
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     index = json.loads((directory / INDEX).read_text())
     change(index)
     (directory / INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointInvalid, match=says):
         Checkpoint.open(directory)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_what_is_no_checkpoint(tmp_path):
         Checkpoint.open(tmp_path)
     with pytest.raises(CheckpointInvalid, match="has neither"):
         Checkpoint.open(tmp_path / "nowhere")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     path = tmp_path / "model.safetensors"
     path.mkdir()
     with pytest.raises(CheckpointInvalid, match="no regular file"):
@@ -180,7 +181,7 @@ def test_what_is_no_checkpoint(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(CheckpointInvalid, match="too few"):
         Checkpoint.open(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
 
 
 def test_a_file_cut_anywhere_is_refused(checkpoint_directory, tmp_path):

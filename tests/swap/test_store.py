@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,6 +12,7 @@ from swap.image import TensorRecipe, complete, plan_image, segment_bytes
 from swap.segment import Segment
 from swap.store import HostStore, Reservation
 from swap.writing import write_manifest
+from tests.support.descriptors import open_descriptors
 
 
 def image_of(seed: int) -> tuple[str, Segment]:
@@ -98,7 +97,7 @@ def test_the_same_image_twice_is_kept_once():
 
 def test_what_is_no_image_is_not_committed():
     store = HostStore(1 << 20)
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len(open_descriptors())
     reservation = store.reserve(8192)
     unfinished = Segment.create(8192, "unfinished")
     with pytest.raises(CorruptWeights, match="not sealed"):
@@ -109,7 +108,7 @@ def test_what_is_no_image_is_not_committed():
         store.commit(reservation, empty)
     assert unfinished.closed
     assert empty.closed
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(open_descriptors()) == descriptors
     assert (store.images(), store.used_bytes) == ((), 8192)
     _, large = image_of(3)
     with pytest.raises(ValueError, match="does not fit"):
@@ -147,7 +146,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.descriptors = len(os.listdir("/proc/self/fd"))
+        self.descriptors = len(open_descriptors())
         self.store = HostStore(self.BUDGET)
         self.sizes: dict[str, int] = {}
         self.order: list[str] = []
@@ -157,7 +156,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.store.close()
-        assert len(os.listdir("/proc/self/fd")) == self.descriptors
+        assert len(open_descriptors()) == self.descriptors
 
     def _free_to_go(self) -> list[str]:
         return [d for d in self.order if not self.holders[d] and d not in self.pinned]
@@ -257,7 +256,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.reserved_bytes == reserved
         assert self.store.used_bytes <= self.BUDGET
         assert self.store.evictable_bytes == sum(self.sizes[d] for d in self._free_to_go())
-        assert len(os.listdir("/proc/self/fd")) == self.descriptors + len(self.order)
+        assert len(open_descriptors()) == self.descriptors + len(self.order)
 
 
 TestStoreMachine = StoreMachine.TestCase

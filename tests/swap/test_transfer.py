@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from swap.errors import (
 from swap.shared_link import OwnTurn, SharedLink
 from swap.transfer import Transfer, measure_link
 from swap.virtual_memory import view_of
+from tests.support.descriptors import open_descriptors
 
 PAGE = 2 << 20
 
@@ -170,7 +170,7 @@ def test_a_region_or_source_that_is_too_small_is_refused(stage):
 def test_measuring_the_link_leaves_nothing_behind(make_device, outward):
     device = make_device(4)
     pool = PagePool(device)
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len(open_descriptors())
     images = Path("/proc/self/maps").read_text().count("hotbay-image")
     assert measure_link(pool, 3 * PAGE - 5, outward=outward) > 1e6
     assert device.statistics().copied_bytes == 6 * (3 * PAGE - 5)
@@ -184,7 +184,7 @@ def test_measuring_the_link_leaves_nothing_behind(make_device, outward):
     statistics = device.statistics()
     assert (statistics.pages_mapped, statistics.reservations) == (0, 0)
     assert pool.owners() == {"model": 4}
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(open_descriptors()) == descriptors
     assert Path("/proc/self/maps").read_text().count("hotbay-image") == images
 
 
