@@ -6,9 +6,12 @@ for them, or on another processor, Hotbay is installed without, and torch comput
 
 from __future__ import annotations
 
+import copy
+import runpy
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("engine/kernels/native")
 LEVELS = {
@@ -18,12 +21,25 @@ LEVELS = {
 OPTIONS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 
+
+class BuildLevels(build_ext):
+    """Compiles each level in a folder of its own: their objects have the same names."""
+
+    def build_extension(self, ext: Extension) -> None:
+        own = copy.copy(self)
+        own.build_temp = str(Path(self.build_temp) / ext.name)
+        build_ext.build_extension(own, ext)
+
+
+fingerprint = runpy.run_path(str(FOLDER / "sources.py"))["fingerprint"](FOLDER)
 setup(
+    cmdclass={"build_ext": BuildLevels},
     ext_modules=[
         Extension(
             f"engine.kernels.native.{level}",
             sources=sorted(map(str, FOLDER.glob("*.cpp"))),
             depends=sorted(map(str, FOLDER.glob("*.h"))),
+            define_macros=[("HOTBAY_SOURCES", f"{fingerprint:#x}ULL")],
             language="c++",
             extra_compile_args=[*options, *OPTIONS, *WARNINGS],
             extra_link_args=["-fopenmp"],

@@ -15,6 +15,7 @@ import torch
 
 from engine.device_tensors import placed
 from engine.kernels.choose import choose_kernels
+from engine.kernels.native.library import describe
 from engine.kernels.protocol import Span
 from engine.kv_layout import BLOCK_TOKENS_MAX, KvLayout
 from engine.models.decoder import Decoder, OpenGate, Weights
@@ -71,5 +72,6 @@ def runtime_of(device: torch.device, dtype: str) -> str:
         found = torch.cuda.get_device_properties(device)
         where = f"{found.name} {found.multi_processor_count} SM"
     else:
-        where = f"host {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+        capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+        where = f"host {capability} {threads} threads {describe()}"
     return f"{where} torch {torch.__version__} {dtype}"

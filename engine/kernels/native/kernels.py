@@ -133,6 +133,7 @@ class NativeKernels:
     def add_rms_norm(
         self, rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
     ) -> torch.Tensor:
+        assert residual.is_contiguous(), "it is added to where it lies"
         rows = rows.contiguous()
         out = torch.empty_like(residual)
         self._library.hotbay_add_rms_norm(
@@ -179,7 +180,7 @@ class NativeKernels:
         attended = queries.new_empty(len(queries), spec.heads * spec.head_dim)
         if decodes:
             seen = plan.seen[window]
-            self._library.hotbay_attend(
+            done = self._library.hotbay_attend(
                 self._half,
                 queries.data_ptr(),
                 self._layer(layer),
@@ -196,6 +197,7 @@ class NativeKernels:
                 spec.kv_heads,
                 spec.head_dim,
             )
+            assert done, f"there is no attention over heads of {spec.head_dim}"
         if decodes < len(queries):
             attended[decodes:] = self._prompts.attend(layer, queries[decodes:], plan.groups[window])
         return attended

@@ -106,10 +106,11 @@ INLINE float squares(const Stored* numbers, int64_t count) {
 }
 
 // e^x within 2 units in the last place: 2^n times the Taylor series over +-ln(2)/2, seven powers of
-// which reach float's precision there. Below -87 it is what it is at -87: no denormals.
+// which reach float's precision there. Below -87 it is what it is at -87, no denormal; from 88.4 on
+// it is infinite, as 2^128 is.
 INLINE Lanes exponential(Lanes x) {
     x = x < -87.0f ? all(-87.0f) : x;
-    x = x > 88.0f ? all(88.0f) : x;
+    x = x > 89.0f ? all(89.0f) : x;
     const float nearest = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole
     Lanes whole = (x * 1.44269504f + nearest) - nearest;
     Lanes rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;

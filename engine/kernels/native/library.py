@@ -3,7 +3,8 @@
 Owns loading it and the types of its functions; it never decides when they are used. It is compiled
 when Hotbay is installed (`setup.py`), once for each level of x86-64 whose vectors are of use. Where
 it was not, or on another processor, there is none and torch computes. It brings no threads: the
-functions of OpenMP are found in the runtime that torch has loaded.
+functions of OpenMP are found in the runtime that torch has loaded. Invariant: no function is called
+of a library that was compiled from other sources than those that lie here.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from pathlib import Path
 
 import torch
 
+from engine.kernels.native.sources import fingerprint
+
 log = logging.getLogger(__name__)
 
 LEVELS = {"AVX512": "x86_64_v4", "AVX2": "x86_64_v3"}
 """The library for each capability that torch finds in a processor; the best first, each of which
 runs where a better one would."""
 
+MEND = "install Hotbay again where there is GCC 11 or newer"
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 FUNCTIONS = {
     "linear_float": "pn pppp nnn",
@@ -32,6 +36,7 @@ FUNCTIONS = {
     "attend": "i ppn ppp nnn p nnnn",
     "use_matrix_unit": "",
     "has_wide_vectors": "",
+    "sources": "",
 }
 """Types of each function's arguments; what they mean is said where it is written."""
 
@@ -50,8 +55,10 @@ def library() -> ctypes.CDLL | None:
     found = next((found for level in levels if (found := load(level)) is not None), None)
     if levels and found is None:
         log.warning(
-            "Hotbay was installed without its operations for this processor, and torch computes "
-            "in their place, which is slower: have a C++ compiler there and install it again"
+            "Hotbay has no operations for this processor (%s), and torch computes in their place, "
+            "which is slower: %s",
+            ", ".join(levels),
+            MEND,
         )
     return found
 
@@ -64,10 +71,31 @@ def load(level: str) -> ctypes.CDLL | None:
         return None
     try:
         loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        log.warning("%s cannot be loaded (%s): torch computes in its place", path, error)
+        for function, types in FUNCTIONS.items():
+            arguments = [TYPES[one] for one in types.replace(" ", "")]
+            getattr(loaded, f"hotbay_{function}").argtypes = arguments
+    except (OSError, AttributeError) as error:
+        log.warning("%s cannot be used (%s): %s", path, error, MEND)
         return None
-    for function, types in FUNCTIONS.items():
-        arguments = [TYPES[one] for one in types.replace(" ", "")]
-        getattr(loaded, f"hotbay_{function}").argtypes = arguments
+    loaded.hotbay_sources.restype = ctypes.c_uint64
+    wanted = fingerprint(path.parent)
+    if wanted and loaded.hotbay_sources() != wanted:
+        log.warning("%s was compiled from other sources than those beside it: %s", path, MEND)
+        return None
     return loaded
+
+
+@functools.cache
+def has_matrix_unit(loaded: ctypes.CDLL) -> bool:
+    """Whether it computes products in bfloat16 here. The kernel lends the unit to a process that
+    asks, and is asked once: what is said first holds for all engines of a worker."""
+    return bool(loaded.hotbay_use_matrix_unit())
+
+
+def describe() -> str:
+    """What computes on this processor, in words that change when results may."""
+    loaded = library()
+    if loaded is None:
+        return "torch"
+    unit = " with the matrix unit" if has_matrix_unit(loaded) else ""
+    return f"library {loaded.hotbay_sources():016x}{unit}"

@@ -115,8 +115,9 @@ MATRIX_UNIT INLINE void square(const Product& all, int64_t row, int64_t token, b
 
 // Rows `first` to `end` of the weight by all tokens.
 MATRIX_UNIT void rows_by_tokens(const Product& all, int64_t first, int64_t end) {
-    TileShapes shapes;
+    static constexpr TileShapes shapes;  // constant: not all compilers see that all of it is read
     _tile_loadconfig(&shapes);
+    asm volatile("" ::: "memory");  // nor that tiles are loaded from what was packed
     for (int64_t row = first; row < end; row += PAIR) {
         bool two = end - row > LANES;
         for (int64_t token = 0; token < all.tokens; token += PAIR) {

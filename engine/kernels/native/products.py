@@ -10,6 +10,7 @@ import ctypes
 
 import torch
 
+from engine.kernels.native.library import has_matrix_unit
 from engine.kernels.reference import dense
 from engine.kernels.strict import STRICT_ROWS, of_fixed_rows
 
@@ -30,12 +31,13 @@ class Products:
     """Products of one dtype, float32 or bfloat16, on this processor."""
 
     def __init__(self, loaded: ctypes.CDLL, dtype: torch.dtype, *, strict: bool) -> None:
+        self._dtype = dtype
         self._half = dtype is torch.bfloat16
         self._rows = LIBRARYS_ROWS[dtype]
         self._strict = strict
         self._product = loaded.hotbay_linear_half if self._half else loaded.hotbay_linear_float
         self._usable = bool(
-            loaded.hotbay_use_matrix_unit() if self._half else loaded.hotbay_has_wide_vectors()
+            has_matrix_unit(loaded) if self._half else loaded.hotbay_has_wide_vectors()
         )
         self._others = dense.choose_linear(dtype, torch.device("cpu"))
         if strict:
@@ -49,6 +51,8 @@ class Products:
         fits = not self._half or (width % TILE_WIDTH == 0 and outs % TILE_ROWS == 0)
         if not (self._usable and fits and (self._strict or count in self._rows)):
             return self._others(rows, weight, bias)
+        assert weight.is_contiguous(), "a weight's rows lie one after the other"
+        assert rows.dtype is weight.dtype is self._dtype
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         out = rows.new_empty(count, outs)

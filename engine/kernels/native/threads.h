@@ -34,8 +34,8 @@ void share(int64_t count, int64_t elements, int64_t unit, const Work& work) {
     if (count) work(int64_t(0), count);
 }
 
-// Calls work(item, following) for each of `count` items, which threads take in turn: neighbours cost
-// alike. `following` is what the same thread does after it, or `count` or more.
+// Calls work(item, following) for each of `count` items, which threads take in turn: neighbours
+// cost alike. `following` is what the same thread does after it, or `count` or more.
 template <typename Work>
 void deal(int64_t count, int64_t elements, const Work& work) {
 #if defined(_OPENMP)
