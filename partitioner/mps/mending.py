@@ -59,9 +59,13 @@ class Mending:
         All workers of a faulted place are ended, and so is one that is no client of its daemon: it
         would run beside MPS, without limits. Raises `MpsError` when that cannot be done.
         """
+
+        async def end_all() -> None:
+            await _end(end_worker, [name for name in shared.partitions if name in workers()])
+
         try:
             seen = await self._sightings.look(shared, mps, workers)
-            in_fault = seen.in_fault or shared.half_made
+            in_fault = seen.in_fault
         except MpsTimeoutError as error:
             self._silent[shared.name] += 1
             if self._silent[shared.name] < SILENT_LOOKS_MAX:
@@ -69,17 +73,19 @@ class Mending:
                 return Mended()
             in_fault = True
         del self._silent[shared.name]
-        if in_fault:
-            if shared.static:
-                # Who is started meanwhile names no multiprocessors, and so is let in by no daemon:
-                # they can be made only while no client is there.
-                self._note(replace(shared, sm_partitions=()))
-
-            async def end_all() -> None:
-                await _end(end_worker, [name for name in shared.partitions if name in workers()])
-
+        if in_fault or (shared.half_made and shared.static):
+            # Noted before it is tried, so that the next look tries again what fails. Who is started
+            # meanwhile names no multiprocessors, and so is let in by no daemon that gives them:
+            # they can be made only while no client is there.
+            self._note(replace(shared, sm_partitions=(), limited=False))
             names = await recover(mps, shared.limits, end_all)
-            self._note(replace(shared, sm_partitions=names))
+            self._note(replace(shared, sm_partitions=names, limited=True))
+            return Mended((shared.name,))
+        if shared.half_made:
+            # Limits can be told under clients, but bind only those who come afterwards.
+            await mps.share(shared.limits)
+            await end_all()
+            self._note(replace(shared, limited=True))
             return Mended((shared.name,))
         self.forget(each.partition for each in seen.processes if each.role is Role.WORKER)
         self._astray.update(seen.astray)

@@ -168,8 +168,10 @@ class MpsPlaces:
             async with self._turn:
                 try:
                     if each.half_made or not await self._control(each).answers():
+                        notes.write(self._root, replace(each, sm_partitions=(), limited=False))
                         names = await self._control(each).share(each.limits)
-                        notes.write(self._root, replace(each, sm_partitions=names))
+                        told = replace(each, sm_partitions=names, limited=True)
+                        notes.write(self._root, told)
                 except MpsError as error:
                     problems.append(f"{each.name} has no MPS daemon: {error}")
         return tuple(problems)

@@ -27,6 +27,7 @@ class SharedPlace:
 
     `name` is the place's as a partition, `device` the UUID that CUDA knows it by. `sm_partitions`
     is what clients of each share name its multiprocessors by, where they have some to themselves.
+    `limited` is whether its daemon was told all limits since it started.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SharedPlace:
     boot_id: str
     ready: bool = False
     sm_partitions: tuple[str, ...] = ()
+    limited: bool = True
 
     @property
     def static(self) -> bool:
@@ -48,8 +50,8 @@ class SharedPlace:
 
     @property
     def half_made(self) -> bool:
-        """Whether its shares are to have multiprocessors to themselves, and have none by now."""
-        return self.static and not self.sm_partitions
+        """Whether its daemon lacks limits, or its shares the multiprocessors they are to have."""
+        return not self.limited or (self.static and not self.sm_partitions)
 
     @property
     def partitions(self) -> tuple[str, ...]:

@@ -136,7 +136,8 @@ def test_a_fault_ends_all_and_what_is_sound_nobody() -> None:
         daemon.status = ServerStatus.FAULT
         assert await look() == Mended(("gpu0",))
         taken = ["terminate 1", "terminate 2"]
-        assert daemon.said == [*taken, f"end {ONE}", f"end {TWO}", "share", "note gpu0"]
+        ended = [f"end {ONE}", f"end {TWO}"]
+        assert daemon.said == ["note gpu0", *taken, *ended, "share", "note gpu0"]
 
     play(scenario)
 
@@ -177,6 +178,42 @@ def test_nobody_comes_in_while_multiprocessors_are_given_out_anew() -> None:
     asyncio.run(run())
 
 
+def test_limits_that_could_not_be_told_are_told_at_a_later_look() -> None:
+    """Whoever came in meanwhile has none, and is ended once: when they are told."""
+    noted = [PLACE]
+
+    class Forgetful(Daemon):
+        refuses = True
+
+        async def share(self, limits: tuple[Limits, ...]) -> tuple[str, ...]:
+            await super().share(limits)
+            if self.refuses:
+                raise MpsLimitError("it keeps others")
+            return ()
+
+    async def run() -> None:
+        daemon = Forgetful({ONE: 1, TWO: 2})
+        mending = Mending(Sightings(), noted.append)
+
+        async def look() -> Mended:
+            daemon.said.clear()
+            return await mending.look(noted[-1], daemon, lambda: daemon.workers, daemon.end)
+
+        daemon.silent = MpsCommandError("cannot find it")
+        for ends in (True, False, False):
+            with pytest.raises(MpsLimitError):
+                await look()
+            assert noted[-1].half_made
+            assert (f"end {ONE}" in daemon.said) == ends
+        daemon.refuses = False
+        assert await look() == Mended(("gpu0",))
+        assert daemon.said == ["share", f"end {ONE}", f"end {TWO}"]
+        assert not noted[-1].half_made
+        assert await look() == Mended()
+
+    asyncio.run(run())
+
+
 def test_a_daemon_that_gives_no_answer_is_replaced_only_after_several_looks() -> None:
     async def scenario(daemon: Daemon, look: Callable[[], Awaitable[Mended]]) -> None:
         for _ in range(2):
@@ -190,7 +227,8 @@ def test_a_daemon_that_gives_no_answer_is_replaced_only_after_several_looks() ->
         found = [await look() for _ in range(SILENT_LOOKS_MAX)]
         assert found[-1] == Mended(("gpu0",))
         # It would be in a new one's way.
-        assert daemon.said == [f"end {ONE}", f"end {TWO}", "stop", "share", "note gpu0"]
+        ended = [f"end {ONE}", f"end {TWO}"]
+        assert daemon.said == ["note gpu0", *ended, "stop", "share", "note gpu0"]
 
     play(scenario)
 
