@@ -12,7 +12,7 @@ from swap.image import TensorRecipe, complete, plan_image, segment_bytes
 from swap.segment import Segment
 from swap.store import HostStore, Reservation
 from swap.writing import write_manifest
-from tests.support.descriptors import open_descriptors
+from tests.support.descriptors import listed_descriptors, open_descriptors
 
 
 def image_of(seed: int) -> tuple[str, Segment]:
@@ -156,7 +156,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.store.close()
-        assert len(open_descriptors()) == self.descriptors
+        assert len(listed_descriptors()) == self.descriptors
 
     def _free_to_go(self) -> list[str]:
         return [d for d in self.order if not self.holders[d] and d not in self.pinned]
@@ -256,7 +256,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.reserved_bytes == reserved
         assert self.store.used_bytes <= self.BUDGET
         assert self.store.evictable_bytes == sum(self.sizes[d] for d in self._free_to_go())
-        assert len(open_descriptors()) == self.descriptors + len(self.order)
+        assert len(listed_descriptors()) == self.descriptors + len(self.order)
 
 
 TestStoreMachine = StoreMachine.TestCase
