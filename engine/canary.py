@@ -15,7 +15,7 @@ import torch
 
 from engine.device_tensors import placed
 from engine.kernels.choose import choose_kernels
-from engine.kernels.native.library import describe
+from engine.kernels.native.machine_code import describe
 from engine.kernels.protocol import Span
 from engine.kv_layout import BLOCK_TOKENS_MAX, KvLayout
 from engine.models.decoder import Decoder, OpenGate, Weights

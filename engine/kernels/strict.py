@@ -4,7 +4,8 @@ Owns the product of a fixed number of rows and the cutting of prompts into singl
 functions around others' operations. Libraries choose how they add by the number of rows, and
 attention adds chunks of prompts in another order than decodes. So products are made of as many rows
 at a time, always, those that lack being zeros; and each token of a prompt attends by itself, as it
-would if it were decoded. Norms, activations, rotations and draws go row by row in any case.
+would if it were decoded. Norms, activations, rotations and draws go row by row in any case; so do
+the products of the processor's own operations (`engine.kernels.native`), which need nothing of it.
 Invariant: what is computed for a token follows from its own sequence up to it, and from nothing
 else of the step.
 """

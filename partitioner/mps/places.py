@@ -97,7 +97,10 @@ class MpsPlaces:
                 old = None
             mps = self._control(wanted)
             kept: tuple[Limits, ...] = ()
+            limited = True
             if old is not None and old.ready and await mps.answers():
+                # Its clients keep what they came in with; where it is static it ends, and they too.
+                limited = old.limited or old.static
                 if wanted.static and old.limits == wanted.limits:
                     # It could only be made anew, under its clients.
                     notes.write(self._root, replace(old, shares=shares))
@@ -114,7 +117,7 @@ class MpsPlaces:
                 if number >= len(kept) or kept[number] != limits
             ]
             await look(wanted, mps, self._programs.look, fresh)
-            notes.write(self._root, replace(wanted, ready=True))
+            notes.write(self._root, replace(wanted, ready=True, limited=limited or wanted.static))
             self._mending.forget(wanted.partitions)
 
     async def unshare(self, gpu: str, place: Instance | None) -> None:
@@ -167,7 +170,9 @@ class MpsPlaces:
         for each in self.noted():
             async with self._turn:
                 try:
-                    if each.half_made or not await self._control(each).answers():
+                    # Limits told to a daemon with clients bind none of these: `mend` ends them.
+                    unmade = each.half_made and each.static
+                    if unmade or not await self._control(each).answers():
                         notes.write(self._root, replace(each, sm_partitions=(), limited=False))
                         names = await self._control(each).share(each.limits)
                         told = replace(each, sm_partitions=names, limited=True)

@@ -103,3 +103,20 @@ class Sequences:
         hidden = torch.ones(length, length).triu(1).bool()
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         return torch.einsum("lhqk,lkhd->lqhd", weights, values).reshape(layers, length, -1)
+
+    def in_pieces(self, chance: random.Random, sizes: list[int]) -> list[torch.Tensor]:
+        """Everything, in steps of prompts' chunks of these sizes and of decodes beside each other;
+        results [layers, length, width] by sequence."""
+        lengths = [inputs.shape[1] for inputs in self.inputs]
+        parts: list[list[torch.Tensor]] = [[] for _ in lengths]
+        done = [0] * len(lengths)
+        while done != lengths:
+            ranges = []
+            for index, length in enumerate(lengths):
+                count = min(length - done[index], chance.choice(sizes))
+                if count and chance.random() < 0.8:
+                    ranges.append((index, done[index], count))
+            for index, part in self.step(ranges).items() if ranges else ():
+                parts[index].append(part)
+                done[index] += part.shape[1]
+        return [torch.cat(own, dim=1) for own in parts]

@@ -27,20 +27,7 @@ def test_attention_over_shuffled_pages_equals_the_textbook(
     slots = 32
     lengths = [1, 2, slots - 1, slots, slots + 1, 3 * slots, 75, 130]
     stage = Sequences(make_spec(heads, kv_heads, head_dim), lengths, fill)
-    found = [torch.zeros(2, length, heads * head_dim) for length in lengths]
-    done = [0] * len(lengths)
-    chance = random.Random(3)
-    while any(have < length for have, length in zip(done, lengths, strict=True)):
-        ranges = []
-        for index, length in enumerate(lengths):
-            count = min(length - done[index], chance.choice([1, 1, 7, 32, 33, 64]))
-            if count and chance.random() < 0.8:
-                ranges.append((index, done[index], count))
-        if not ranges:
-            continue
-        for index, part in stage.step(ranges).items():
-            found[index][:, done[index] : done[index] + part.shape[1]] = part
-            done[index] += part.shape[1]
+    found = stage.in_pieces(random.Random(3), [1, 1, 7, 32, 33, 64])
     for index in range(len(lengths)):
         torch.testing.assert_close(
             found[index].double(), stage.expected(index), rtol=0, atol=2e-5, msg=f"{index}"

@@ -65,6 +65,33 @@ def test_more_shares_than_a_server_takes_clients_are_noticed_before_anybody_serv
     play(places, scenario)
 
 
+def test_clients_without_limits_are_ended_whatever_else_is_done_to_their_place_first(
+    tmp_path: Path,
+) -> None:
+    """Neither a restart nor a change of the shares counts them as limited."""
+    places = MpsPlaces(tmp_path, programs("--newest", "2"), "boot")
+    ended: list[str] = []
+
+    async def end(name: str) -> None:
+        ended.append(name)
+
+    async def scenario() -> None:
+        await places.share(GPU, None, (HALF,))
+        (noted,) = places.noted()
+        notes.write(tmp_path, replace(noted, limited=False))
+        assert await places.restore() == ()
+        await places.share(GPU, None, (HALF, HALF))
+        (noted,) = places.noted()
+        assert noted.half_made
+        workers = dict.fromkeys(noted.partitions, 1)
+        assert await places.mend(lambda: workers, end) == Mended(("gpu0",))
+        assert ended == list(noted.partitions)
+        (noted,) = places.noted()
+        assert not noted.half_made
+
+    play(places, scenario)
+
+
 def test_a_newer_driver_gives_each_share_a_namespace(tmp_path: Path) -> None:
     places = MpsPlaces(tmp_path, programs(), "boot")
 

@@ -15,10 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.kernels.native.library import library
+from engine.kernels.native.machine_code import best_library
 from engine.kernels.native.products import Products
 from engine.kernels.protocol import NormWeights, Span
-from engine.kernels.reference.attention import Gathering, Group, entered_blocks, make_groups
+from engine.kernels.reference.attention import (
+    Gathering,
+    Group,
+    entered_at,
+    entered_blocks,
+    first_seen,
+    make_groups,
+    tables,
+)
 from engine.kernels.reference.paged_kv import PagedKv
 from engine.kernels.reference.rotary import angles, frequencies
 from engine.kv_layout import KvLayout
@@ -31,7 +39,7 @@ Index = npt.NDArray[np.int64]
 def computes(spec: ModelSpec, layout: KvLayout) -> bool:
     """Whether there is a library for this processor that has all the operations of this model."""
     return (
-        library() is not None
+        best_library() is not None
         and layout.dtype in ("float32", "bfloat16")
         and not layout.fp8
         and spec.head_dim in HEAD_DIMS
@@ -81,7 +89,7 @@ class NativeKernels:
         strict: bool = False,
         loaded: ctypes.CDLL | None = None,
     ) -> None:
-        loaded = loaded or library()
+        loaded = loaded or best_library()
         assert loaded is not None, "there is no library for this processor"
         self._library = loaded
         self._spec = spec
@@ -215,31 +223,19 @@ class NativeKernels:
 
     def _cells(self, spans: Sequence[Span], positions: Index) -> Index:
         slots = self._layout.block_tokens
-        blocks: list[int] = []
-        for span in spans:
-            if span.count == 1:
-                blocks.append(span.blocks[span.start // slots])
-            else:
-                own = np.arange(span.start, span.start + span.count) // slots
-                blocks += np.array(span.blocks)[own].tolist()
-        cells: Index = self._starts(np.array(blocks, dtype=np.int64))
+        cells = self._starts(entered_at(spans, positions, slots))
         cells += positions % slots * self._spec.head_dim
         return cells
 
     def _seen(self, spans: Sequence[Span], window: int) -> Seen:
         slots = self._layout.block_tokens
-        firsts = [max(0, span.start - window + 1) if window else 0 for span in spans]
-        seen = [
-            span.blocks[first // slots : span.start // slots + 1]
-            for span, first in zip(spans, firsts, strict=True)
-        ]
-        tables = np.zeros((len(spans), max(map(len, seen), default=0)), dtype=np.int64)
-        for row, blocks in zip(tables, seen, strict=True):
-            row[: len(blocks)] = blocks
+        before = [first_seen(span, window, slots) for span in spans]
+        counts = [span.start // slots + 1 - own for span, own in zip(spans, before, strict=True)]
+        skipped = np.array(before, dtype=np.int64) * slots
         starts = np.array([span.start for span in spans], dtype=np.int64)
-        skipped = np.array(firsts, dtype=np.int64) // slots * slots
+        firsts = np.maximum(starts - window + 1, 0) if window else np.zeros_like(starts)
         return Seen(
-            tables=self._starts(tables),
-            firsts=np.array(firsts, dtype=np.int64) - skipped,
+            tables=self._starts(tables(spans, before, slots, max(counts, default=0))),
+            firsts=firsts - skipped,
             ends=starts + 1 - skipped,
         )

@@ -10,7 +10,7 @@ import ctypes
 
 import torch
 
-from engine.kernels.native.library import has_matrix_unit
+from engine.kernels.native.machine_code import has_matrix_unit
 from engine.kernels.reference import dense
 from engine.kernels.strict import STRICT_ROWS, of_fixed_rows
 

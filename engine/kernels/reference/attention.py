@@ -66,7 +66,7 @@ def make_groups(
 ) -> tuple[Group, ...]:
     """Group spans that lie one after the other in the step's tokens (see `group_runs`)."""
     slots = kv.layout.block_tokens
-    seen = [_first_seen(span, window_tokens, slots) for span in spans]
+    seen = [first_seen(span, window_tokens, slots) for span in spans]
     shapes = [
         (span.count, -(-(span.start + span.count) // slots) - first)
         for span, first in zip(spans, seen, strict=True)
@@ -85,14 +85,18 @@ def make_groups(
 def write_index(kv: PagedKv, spans: Sequence[Span], positions: Index) -> torch.Tensor:
     """Where the step's keys and values go: cells in the order [token, K and V, head, cell]."""
     slots = kv.layout.block_tokens
-    counts = [span.count for span in spans]
+    return kv.write_index(entered_at(spans, positions, slots), positions % slots)
+
+
+def entered_at(spans: Sequence[Span], positions: Index, slots: int) -> Index:
+    """The block that each token of the step goes to, [tokens]."""
     if len(positions) == len(spans):
-        blocks = np.array([span.blocks[span.start // slots] for span in spans], dtype=np.int64)
-        return kv.write_index(blocks, positions % slots)
+        return np.array([span.blocks[span.start // slots] for span in spans], dtype=np.int64)
     longest = max(-(-(span.start + span.count) // slots) for span in spans)
-    tables = _tables(spans, [0] * len(spans), slots, longest)
-    sequence = np.repeat(np.arange(len(spans)), counts)
-    return kv.write_index(tables[sequence, positions // slots], positions % slots)
+    whole = tables(spans, [0] * len(spans), slots, longest)
+    sequence = np.repeat(np.arange(len(spans)), [span.count for span in spans])
+    blocks: Index = whole[sequence, positions // slots]
+    return blocks
 
 
 def entered_blocks(spans: Sequence[Span], slots: int) -> list[int]:
@@ -214,27 +218,27 @@ def _group(
         sequences=len(spans),
         queries=queries,
         slots=slots,
-        gather=kv.gather_index(_tables(spans, seen, kv.layout.block_tokens, blocks)),
+        gather=kv.gather_index(tables(spans, seen, kv.layout.block_tokens, blocks)),
         mask=placed(mask, kv.device),
         padded=padded,
         unpadded=unpadded,
     )
 
 
-def _first_seen(span: Span, window_tokens: int, slots: int) -> int:
+def first_seen(span: Span, window_tokens: int, slots: int) -> int:
     """The first block that any token of a span sees."""
     return max(0, span.start - window_tokens + 1) // slots if window_tokens else 0
 
 
-def _tables(spans: Sequence[Span], seen: Sequence[int], slots: int, blocks: int) -> Index:
+def tables(spans: Sequence[Span], seen: Sequence[int], slots: int, blocks: int) -> Index:
     """Block tables from the blocks `seen` on, padded to `blocks` with the first of these.
 
     A table may go on beyond what the span reaches, with blocks that nothing was written to yet:
     they are left out.
     """
-    tables = np.empty((len(spans), blocks), dtype=np.int64)
-    for row, span, first in zip(tables, spans, seen, strict=True):
+    padded = np.empty((len(spans), blocks), dtype=np.int64)
+    for row, span, first in zip(padded, spans, seen, strict=True):
         own = span.blocks[first : -(-(span.start + span.count) // slots)]
         row[: len(own)] = own
         row[len(own) :] = own[0]
-    return tables
+    return padded

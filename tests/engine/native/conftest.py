@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-from engine.kernels.native.library import levels_here, load
+from engine.kernels.native.machine_code import levels_here, load
 
 
 @pytest.fixture(params=levels_here() or ["none"])

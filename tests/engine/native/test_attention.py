@@ -95,20 +95,7 @@ def test_prompts_in_chunks_and_decodes_equal_the_textbook(
     spec = make_spec(heads, kv_heads, head_dim)
     lengths = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 75, 130]
     stage = Sequences(spec, lengths, fill, dtype, partial(NativeKernels, loaded=loaded))
-    found = [torch.zeros(2, length, heads * head_dim) for length in lengths]
-    done = [0] * len(lengths)
-    chance = random.Random(heads)
-    while any(have < length for have, length in zip(done, lengths, strict=True)):
-        ranges = []
-        for index, length in enumerate(lengths):
-            count = min(length - done[index], chance.choice([1, 1, 7, 32, 33]))
-            if count and chance.random() < 0.8:
-                ranges.append((index, done[index], count))
-        if not ranges:
-            continue
-        for index, part in stage.step(ranges).items():
-            found[index][:, done[index] : done[index] + part.shape[1]] = part
-            done[index] += part.shape[1]
+    found = stage.in_pieces(random.Random(heads), [1, 1, 7, 32, 33])
     for index in range(len(lengths)):
         difference = (found[index].double() - stage.expected(index)).abs().max()
         assert difference < (1e-5 if dtype == "float32" else 0.05), index

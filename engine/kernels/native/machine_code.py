@@ -49,7 +49,7 @@ def levels_here() -> tuple[str, ...]:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def best_library() -> ctypes.CDLL | None:
     """The best machine code for this processor; None where there is none."""
     levels = levels_here()
     found = next((found for level in levels if (found := load(level)) is not None), None)
@@ -94,7 +94,7 @@ def has_matrix_unit(loaded: ctypes.CDLL) -> bool:
 
 def describe() -> str:
     """What computes on this processor, in words that change when results may."""
-    loaded = library()
+    loaded = best_library()
     if loaded is None:
         return "torch"
     unit = " with the matrix unit" if has_matrix_unit(loaded) else ""

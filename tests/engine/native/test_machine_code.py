@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine.kernels.native.library as native_library
 from engine.canary import runtime_of
 from engine.kernels.choose import choose_kernels
+from engine.kernels.native import machine_code
 from engine.kernels.native.kernels import NativeKernels, computes
-from engine.kernels.native.library import describe, levels_here, library, load
+from engine.kernels.native.machine_code import best_library, describe, levels_here, load
 from engine.kernels.reference.kernels import ReferenceKernels
 from engine.kv_layout import KvLayout
 from tests.engine.sequences import PAGE_BYTES, make_spec
 
-FOLDER = Path(native_library.__file__).parent
+FOLDER = Path(machine_code.__file__).parent
 STRANGER = Path(torch.__file__).parent / "lib" / "libshm.so"
 
 
@@ -35,7 +35,7 @@ def has_gcc() -> bool:
 @pytest.mark.skipif(not has_gcc(), reason="there is no GCC here")
 def test_every_level_was_compiled_and_is_what_this_processor_computes_with() -> None:
     assert all(load(level) is not None for level in levels_here())
-    assert library() is (load(levels_here()[0]) if levels_here() else None)
+    assert best_library() is (load(levels_here()[0]) if levels_here() else None)
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="nothing reads machine code here")
@@ -56,26 +56,26 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """A copy of the folder, that libraries are loaded from."""
     copied = tmp_path / "native"
     shutil.copytree(FOLDER, copied)
-    monkeypatch.setattr(native_library, "__file__", str(copied / "library.py"))
+    monkeypatch.setattr(machine_code, "__file__", str(copied / "machine_code.py"))
     yield forget(copied)
     forget(copied)
 
 
 def forget(folder: Path) -> Path:
-    native_library.load.cache_clear()
-    native_library.library.cache_clear()
+    machine_code.load.cache_clear()
+    machine_code.best_library.cache_clear()
     return folder
 
 
 def test_a_library_of_other_sources_is_not_called(
     loaded: ctypes.CDLL, elsewhere: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert library() is not None
+    assert best_library() is not None
     before = describe()
     forget(elsewhere)
     with (elsewhere / "lanes.h").open("a") as header:
         header.write("// changed since\n")
-    assert library() is None
+    assert best_library() is None
     assert "was compiled from other sources" in caplog.text
     assert describe() == "torch" != before
 
@@ -85,11 +85,11 @@ def test_what_is_no_library_of_ours_is_not_called(
 ) -> None:
     for path in elsewhere.glob("*.so"):
         path.write_bytes(b"no machine code")
-    assert library() is None
+    assert best_library() is None
     for path in elsewhere.glob("*.so"):
         shutil.copy(STRANGER, path)
     forget(elsewhere)
-    assert library() is None
+    assert best_library() is None
     assert caplog.text.count("cannot be used") == 2 * len(levels_here())
     assert "GCC 11" in caplog.text
 
