@@ -8,22 +8,15 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 import swap.cached_image
 import swap.packed_transfer
 from swap.arena import PagePool, Region
-from swap.build import build_image
-from swap.cached_image import restore_image, save_image
-from swap.checkpoint import Checkpoint
 from swap.checksum import checksum_of
 from swap.errors import CorruptWeights, DeviceMisuse, TransferCancelled
-from swap.identity import identify
 from swap.image import (
     FORMAT,
-    TensorRecipe,
     complete,
     plan_image,
     read_manifest,
@@ -36,55 +29,12 @@ from swap.segment import Segment
 from swap.store import HostStore
 from swap.unpacking import HostUnpacker
 from swap.writing import write_all, write_manifest
-
-BLOCK = 4096
-PIECE = 4 * BLOCK
-SHAPES = {
-    "embedding": (-1, (96, 1024)),
-    "a": (0, (70, 1000)),
-    "norm": (0, (33,)),
-    "nothing": (0, (0, 7)),
-    "noise": (1, (50, 1024)),
-    "b": (1, (64, 1024)),
-    "last": (2, (1024,)),
-}
-RECIPES = [TensorRecipe(name, layer, (name,), shape) for name, (layer, shape) in SHAPES.items()]
-
-
-def bits_of(name, shape, seed=0):
-    count = int(np.prod(shape))
-    draw = np.random.default_rng([seed, len(name), count])
-    if name == "noise":  # what no code makes smaller
-        return draw.integers(0, 1 << 16, shape, np.uint16)
-    return (draw.standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+from tests.swap.packed_images import PIECE, RECIPES, images_in
 
 
 @pytest.fixture
 def build(tmp_path):
-    """Builds images, packed or not, of bfloat16 (as float32 in the checkpoint's files)."""
-    segments = []
-
-    def make(packed=True, seed=0):
-        directory = tmp_path / f"{seed}"
-        directory.mkdir(exist_ok=True)
-        tensors = {}
-        for name, (_, shape) in SHAPES.items():
-            wide = bits_of(name, shape, seed).astype(np.uint32) << np.uint32(16)
-            # Signalling NaN and such would be rounded on the way from float32; noise without them.
-            tensors[name] = np.where(np.isnan(wide.view(np.float32)), np.uint32(0x7FC00000), wide)
-        save_file(
-            {name: tensor.view(np.float32) for name, tensor in tensors.items()},
-            directory / "model.safetensors",
-        )
-        layout = plan_image(RECIPES, "bfloat16", {}, piece_weights=PIECE if packed else 0)
-        segment = Segment.create(segment_bytes(layout), "test")
-        segments.append(segment)
-        with Checkpoint.open(directory) as checkpoint:
-            return build_image(checkpoint, RECIPES, layout, segment), segment, layout
-
-    yield make
-    for segment in segments:
-        segment.close()
+    yield from images_in(tmp_path)
 
 
 @pytest.fixture
@@ -293,73 +243,6 @@ def test_verification_finds_altered_packed_bytes(build):
         verify_image(copy.descriptor, manifest)
     verify_image(copy.descriptor, manifest, ["a", "noise"])
     copy.close()
-
-
-@pytest.mark.parametrize("piece_bytes", [4096, 8 << 20])
-def test_a_packed_image_comes_back_from_disk(build, tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr(swap.cached_image, "PIECE_BYTES", piece_bytes)
-    manifest, segment, layout = build()
-    path = tmp_path / "an.image"
-    assert save_image(segment, path) == segment_bytes(manifest) == path.stat().st_size
-    told = []
-    with Segment.create(segment_bytes(layout), "back") as back:
-        restored = restore_image(
-            path, layout, back, digest=manifest.digest, progress=lambda *now: told.append(now)
-        )
-        assert restored == manifest == read_manifest(back.descriptor)
-        assert back.sealed
-        assert os.pread(back.descriptor, 1 << 30, 0) == path.read_bytes()
-    assert told == sorted(told)
-    assert told[-1] == (manifest.stored_bytes, manifest.stored_bytes)
-
-
-def test_one_altered_bit_of_a_packed_image_on_disk_is_found(build, tmp_path):
-    manifest, segment, layout = build()
-    path = tmp_path / "an.image"
-    save_image(segment, path)
-    sound = path.read_bytes()
-    pieces = place_pieces(manifest)
-    raw = next(one for one in pieces if not one.packed)
-    gaps = [one for one in pieces if one.stored_bytes % 256]
-    places = [
-        0,
-        pieces[1].stored_offset_bytes + 9000,
-        raw.stored_offset_bytes + raw.stored_bytes - 1,
-        gaps[0].stored_offset_bytes + gaps[0].stored_bytes,
-        gaps[-1].stored_offset_bytes + gaps[-1].stored_bytes,
-        manifest.stored_bytes + 100,
-        len(sound) - 20,
-    ]
-    for place in places:
-        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
-        with (
-            Segment.create(segment_bytes(layout), "back") as back,
-            pytest.raises(CorruptWeights),
-        ):
-            restore_image(path, layout, back)
-    for cut in (1, 4096, manifest.stored_bytes):
-        path.write_bytes(sound[:-cut])
-        with (
-            Segment.create(segment_bytes(layout), "back") as back,
-            pytest.raises(CorruptWeights),
-        ):
-            restore_image(path, layout, back)
-
-
-def test_an_image_on_disk_stands_in_only_for_one_packed_alike(build, tmp_path):
-    _, segment, layout = build()
-    _, plain_segment, plain_layout = build(packed=False)
-    for kept, wanted in ((segment, plain_layout), (plain_segment, layout)):
-        path = tmp_path / "an.image"
-        save_image(kept, path)
-        with (
-            Segment.create(segment_bytes(wanted), "back") as back,
-            pytest.raises(CorruptWeights, match=r"bytes|another model"),
-        ):
-            restore_image(path, wanted, back)
-    with Checkpoint.open(tmp_path / "0") as checkpoint:
-        keys = {identify(checkpoint, RECIPES, one).key for one in (layout, plain_layout)}
-    assert len(keys) == 2
 
 
 def test_copying_waits_for_pages_that_come_later(make_device, build):
